@@ -1,0 +1,333 @@
+"""Who is asking, and what they are to an account: read from the database with each request.
+
+A token says who somebody is and nothing else. Members are found by issuer, subject and account; staff by role;
+services by scope. So a permission, a member or an account's access that is taken away is gone with the next
+request, however long the token lives.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from app import accounts, db, errors
+from app.accounts import AccountView
+from app.lifecycle import (
+    AccountFacts,
+    Actor,
+    ActorKind,
+    LinkPurpose,
+    MemberRole,
+    Permission,
+    Relation,
+    Scope,
+    StaffRole,
+    members_can_sign_in,
+)
+from app.policy import Policy
+from app.tokens import Identity, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installation:
+    """What all calls of one installation share."""
+
+    policy: Policy
+    tokens: Tokens
+    mail_domain: str
+    """The domain of its Message-IDs."""
+    member_issuer: str
+    """The issuer of members' tokens, where provisioning names none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of an action: who asks, of which installation."""
+
+    identity: Identity
+    installation: Installation
+
+    @property
+    def policy(self) -> Policy:
+        return self.installation.policy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StaffFacts:
+    id: UUID
+    name: str
+    email: str
+    role: StaffRole
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceFacts:
+    id: UUID
+    name: str
+    scopes: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemberFacts:
+    id: UUID
+    account_id: UUID
+    name: str
+    email: str
+    role: MemberRole
+    permissions: frozenset[str]
+
+    @property
+    def has_billing_permission(self) -> bool:
+        """Every ADMIN has it; a MEMBER has it when granted."""
+        return self.role is MemberRole.ADMIN or Permission.ACCESS_BILLING_AND_ACCOUNT_INFO in self.permissions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caller:
+    """Who asks, with the account that was asked about, as the database knew them in one statement.
+
+    `now` is the database's clock at that moment. `account` is whatever the id named, visible or not: use `see`.
+    """
+
+    identity: Identity
+    now: datetime
+    staff: StaffFacts | None
+    service: ServiceFacts | None
+    member: MemberFacts | None
+    """The caller's membership of the account asked about."""
+    is_member: bool
+    """Of any account."""
+    has_live_account: bool
+    """A member of some account whose members can sign in."""
+    account: AccountView | None
+
+    @property
+    def is_known(self) -> bool:
+        return self.staff is not None or self.service is not None or self.is_member
+
+    def see(self) -> AccountView | None:
+        """The account asked about, if the caller may know that it exists. Raises as `require_access` does."""
+        if self.account is None or self.identity.grant is not None:
+            return None
+        if self.staff is not None:
+            return self.account
+        if self.member is None:
+            return None
+        if not members_can_sign_in(self.account.status):
+            return None
+        return self.account
+
+    def has_billing_permission(self) -> bool:
+        """On the account asked about: a member with the permission, or staff, who reads everything."""
+        return self.staff is not None or (self.member is not None and self.member.has_billing_permission)
+
+    def actor(self) -> Actor:
+        """What the caller is to the account asked about, for the rules."""
+        relations: set[Relation] = set()
+        grant = self.identity.grant
+        if grant is not None:
+            fits = self.account is not None and grant.account_id == self.account.id
+            if fits and self.member is not None and self.member.has_billing_permission:
+                relations.add(_LINK_RELATION[LinkPurpose(grant.purpose)])
+        else:
+            if self.member is not None:
+                relations.add(Relation.MEMBER)
+                if self.member.has_billing_permission:
+                    relations.add(Relation.BILLING_MEMBER)
+            if self.staff is not None:
+                relations.add(Relation.STAFF)
+                if self.staff.role is StaffRole.BILLING_TEAM:
+                    relations.add(Relation.BILLING_TEAM)
+                # An account that names no CSM belongs to all of them.
+                if (
+                    self.staff.role is StaffRole.CUSTOMER_SUCCESS_MANAGER
+                    and self.account is not None
+                    and self.account.csm_id in (None, self.staff.id)
+                ):
+                    relations.add(Relation.ACCOUNT_CSM)
+            if self.service is not None:
+                relations.add(Relation.SERVICE)
+        if self.member is not None:
+            return Actor(
+                kind=ActorKind.MEMBER, id=self.member.id, name=self.member.name, relations=frozenset(relations)
+            )
+        if self.staff is not None:
+            return Actor(kind=ActorKind.STAFF, id=self.staff.id, name=self.staff.name, relations=frozenset(relations))
+        service = self.service
+        return Actor(
+            kind=ActorKind.SERVICE,
+            id=service.id if service else None,
+            name=service.name if service else "",
+            relations=frozenset(relations),
+        )
+
+
+_LINK_RELATION = {
+    LinkPurpose.CONFIRM: Relation.CONFIRM_LINK,
+    LinkPurpose.FEEDBACK: Relation.FEEDBACK_LINK,
+    LinkPurpose.RESTART: Relation.RESTART_LINK,
+}
+
+_OUTLIVING = frozenset({LinkPurpose.FEEDBACK, LinkPurpose.RESTART})
+"""Links that are meant for after the cancellation."""
+
+# Always one row: the left side stands alone, everything that is known of the caller and the account is joined to it.
+_IDENTIFY = f"""
+SELECT {{now}} AS now,
+       s.id AS s_id, s.name AS s_name, s.email AS s_email, s.role AS s_role,
+       v.id AS v_id, v.name AS v_name, v.scopes AS v_scopes,
+       m.id AS m_id, m.name AS m_name, m.email AS m_email, m.role AS m_role, m.permissions AS m_permissions,
+       EXISTS (SELECT 1 FROM member o WHERE o.issuer = $1 AND o.subject = $2) AS is_member,
+       EXISTS (SELECT 1 FROM member o JOIN account l ON l.id = o.account_id
+               WHERE o.issuer = $1 AND o.subject = $2
+               AND l.status IN ('ACTIVE', 'CANCELLATION_SCHEDULED')) AS has_live_account,
+       {accounts.COLUMNS}
+FROM (SELECT 1 AS one) q
+LEFT JOIN staff s ON s.issuer = $1 AND s.subject = $2 AND s.deactivated_at IS NULL
+LEFT JOIN service v ON v.issuer = $1 AND v.subject = $2 AND v.deactivated_at IS NULL
+LEFT JOIN account a ON a.id = $3
+LEFT JOIN member m ON m.account_id = a.id AND m.issuer = $1 AND m.subject = $2
+{accounts.JOINS}
+"""
+
+
+async def identify(call: Call, account_id: UUID | None = None) -> Caller:
+    """Who asks, and the account with that id, in one round trip.
+
+    Raises `Forbidden` for somebody this installation does not know and `AccessRemoved` for a member all of whose
+    accounts, or whose account asked about, are canceled. A link's bearer is let through to the one action that
+    their link is for.
+    """
+    identity = call.identity
+    row = await db.fetch_one(_IDENTIFY.format(now=db.now_sql()), identity.issuer, identity.subject, account_id)
+    assert row is not None
+    caller = Caller(
+        identity=identity,
+        now=db.as_datetime(row["now"]),
+        staff=_staff(row),
+        service=_service(row),
+        member=_member(row),
+        is_member=bool(row["is_member"]),
+        has_live_account=bool(row["has_live_account"]),
+        account=accounts.view(row) if row["a_id"] is not None else None,
+    )
+    if not caller.is_known:
+        raise errors.Forbidden(
+            "The token is valid, and nobody here goes by it: it belongs to no member, staff or service. "
+            "Ask an admin of your account to add you."
+        )
+    await _refuse_removed(call, caller)
+    return caller
+
+
+async def _refuse_removed(call: Call, caller: Caller) -> None:
+    """Members of canceled accounts have no access: not to the account, and to nothing at all when it was their last.
+
+    Staff and services keep theirs. The bearer of a link that outlives the cancellation is told by its action.
+    """
+    if caller.staff is not None or caller.service is not None:
+        return
+    grant = caller.identity.grant
+    if grant is not None and grant.purpose in _OUTLIVING:
+        return
+    removed = caller.account if caller.member is not None else None
+    if removed is not None and not members_can_sign_in(removed.status):
+        raise _access_removed(removed, call.policy)
+    if not caller.has_live_account:
+        row = await db.fetch_one(
+            f"SELECT {accounts.COLUMNS} FROM member m JOIN account a ON a.id = m.account_id {accounts.JOINS} "
+            "WHERE m.issuer = $1 AND m.subject = $2 ORDER BY a.canceled_at DESC LIMIT 1",
+            caller.identity.issuer,
+            caller.identity.subject,
+        )
+        if row is not None and not members_can_sign_in(accounts.view(row).status):
+            raise _access_removed(accounts.view(row), call.policy)
+
+
+def _access_removed(account: AccountView, policy: Policy) -> errors.AccessRemoved:
+    contact = policy.billing_team
+    return errors.AccessRemoved(
+        "The account is canceled and its members' access has been removed. "
+        f"Contact {contact.name} ({contact.email}) to restart it in time.",
+        canceledAt=_text(account.canceled_at),
+        restartableUntil=_text(account.restartable_until),
+        deletionScheduledFor=_text(account.deletion_scheduled_for),
+        contact={"name": contact.name, "email": contact.email},
+    )
+
+
+def _text(value: datetime | None) -> str | None:
+    return value and value.strftime("%Y-%m-%dT%H:%M:%S.") + f"{value.microsecond // 1000:03d}Z"
+
+
+def _staff(row: dict[str, Any]) -> StaffFacts | None:
+    if row["s_id"] is None:
+        return None
+    return StaffFacts(
+        id=db.as_uuid(row["s_id"]), name=row["s_name"], email=row["s_email"], role=StaffRole(row["s_role"])
+    )
+
+
+def _service(row: dict[str, Any]) -> ServiceFacts | None:
+    if row["v_id"] is None:
+        return None
+    return ServiceFacts(id=db.as_uuid(row["v_id"]), name=row["v_name"], scopes=frozenset(row["v_scopes"].split()))
+
+
+def _member(row: dict[str, Any]) -> MemberFacts | None:
+    if row["m_id"] is None:
+        return None
+    return MemberFacts(
+        id=db.as_uuid(row["m_id"]),
+        account_id=db.as_uuid(row["a_id"]),
+        name=row["m_name"],
+        email=row["m_email"],
+        role=MemberRole(row["m_role"]),
+        permissions=frozenset(row["m_permissions"].split()),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- requirements
+
+
+async def require_staff(call: Call) -> Caller:
+    """The caller, when they are staff of any role. Raises `Forbidden`."""
+    caller = await identify(call)
+    if caller.staff is None or caller.identity.grant is not None:
+        raise errors.Forbidden("This is for staff.")
+    return caller
+
+
+async def require_scope(call: Call, scope: Scope) -> Caller:
+    """The caller, when they are a service with that scope. Raises `PermissionDenied`."""
+    caller = await identify(call)
+    if caller.service is None or scope not in caller.service.scopes:
+        raise errors.PermissionDenied(f"This needs a service token whose service has the scope {scope.value!r}.")
+    return caller
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acting:
+    """A caller about to act on an account whose row is locked: what holds now, holds until the commit."""
+
+    caller: Caller
+    actor: Actor
+    account: AccountView
+    facts: AccountFacts
+    now: datetime
+
+
+async def act_on(call: Call, account_id: UUID | None, *, what: str = "account") -> Acting:
+    """Lock the account's row, then read who asks and what holds. To be called inside the transaction.
+
+    Raises `NotFound` where the account does not exist or is not the caller's to know of, besides what `identify`
+    raises. `account_id` is None for an id that is malformed or unknown: the answer is the same.
+    """
+    if account_id is not None:
+        await db.fetch_one(f"SELECT id FROM account WHERE id = $1{db.for_update()}", account_id)
+    caller = await identify(call, account_id)
+    actor = caller.actor()
+    visible = caller.account if caller.identity.grant is not None and actor.relations else caller.see()
+    if visible is None:
+        raise errors.NotFound(what)
+    return Acting(caller=caller, actor=actor, account=visible, facts=visible.facts(call.policy), now=caller.now)

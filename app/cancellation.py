@@ -1,0 +1,632 @@
+"""Canceling an account: ask, withdraw, confirm, take effect.
+
+One function per action, one transaction each: lock the account's row, read who asks, ask the rules, save, put the
+messages. The rules are `app.lifecycle`'s; nothing is decided here.
+"""
+
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from app import accounts, db, errors, history, idempotency, lifecycle, offers, outbox, people
+from app.accounts import AccountView, RequestView
+from app.auth import Acting, Call, Installation, act_on
+from app.errors import Contact
+from app.lifecycle import (
+    MAX_NOTE_LENGTH,
+    MAX_WRONG_TRIES,
+    SYSTEM,
+    AccountStatus,
+    Action,
+    Actor,
+    CancelStep,
+    FeedbackReason,
+    LinkPurpose,
+    Relation,
+    RequestStatus,
+    TransitionType,
+)
+from app.messages import (
+    AssistanceRequested,
+    CancellationConfirmed,
+    CancellationNotice,
+    CancellationReceived,
+    CancellationScheduled,
+    CancellationWithdrawn,
+    ConfirmationRequested,
+    Link,
+)
+from app.models import Account, CancellationRequest
+from app.people import Recipient
+from app.tokens import hash_confirmation_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requested:
+    """What `cancel` did. `confirmation_token` is for a member whose confirmation is now awaited; staff gets none."""
+
+    account: AccountView
+    request_id: UUID
+    confirmation_token: str | None
+
+
+async def cancel(
+    call: Call,
+    account_id: UUID | None,
+    *,
+    reason: FeedbackReason | None = None,
+    note: str | None = None,
+    idempotency_key: str | None = None,
+) -> Requested:
+    """Ask to cancel, or, as staff, open the request that the members are then asked to confirm.
+
+    `reason` chooses which offers are made; it is not stored as feedback. `note` says, for staff, why. Repeating it
+    returns the open request and, unless that was used up by wrong tries, the same token. Refuses as
+    `lifecycle.cancel` does.
+    """
+    values = {"account": account_id, "reason": reason, "note": note}
+    async with db.transaction():
+        acting = await act_on(call, account_id)
+        lifecycle.permit(Action.CANCEL_ACCOUNT, acting.actor)
+        answer = await idempotency.once(
+            call.identity,
+            "cancelAccount",
+            idempotency_key,
+            values,
+            acting.account.id,
+            lambda: _cancel(call.installation, acting, reason, note),
+        )
+        account = await accounts.load(acting.account.id)
+    assert account is not None
+    request_id, generation = UUID(answer["request"]), answer["generation"]
+    token = None if generation is None else call.installation.tokens.confirmation_token(request_id, generation)
+    return Requested(account=account, request_id=request_id, confirmation_token=token)
+
+
+async def _cancel(
+    installation: Installation, acting: Acting, reason: FeedbackReason | None, note: str | None
+) -> dict[str, Any]:
+    step = lifecycle.cancel(acting.actor, acting.facts, acting.now)
+    by_member = Relation.BILLING_MEMBER in acting.actor.relations
+    if not by_member:
+        note = _note(note)
+    elif note is not None:
+        raise errors.InvalidInput("A note is for staff; members give feedback with submitFeedback.", field="note")
+    open_request = acting.account.request
+    if open_request is not None and lifecycle.has_expired(open_request.facts(), acting.now):
+        await _expire(acting.account, open_request, acting.now)
+        open_request = None
+    if open_request is None:
+        request = await _create(installation, acting, step, note)
+    else:
+        request = await CancellationRequest.get(id=open_request.id)
+        await _advance(installation, acting, step, request, note)
+    await offers.make(installation.policy, acting.account, request.id, reason, acting.now)
+    if step in {CancelStep.OPEN, CancelStep.OPEN_NEW}:
+        await _ask_members_to_confirm(installation, acting, request)
+    if step in {CancelStep.REQUEST_ASSISTANCE, CancelStep.HAND_OVER}:
+        await _hand_to_csm(installation, acting, request)
+    shows_token = by_member and request.status is RequestStatus.PENDING_CONFIRMATION
+    return {"request": str(request.id), "generation": request.confirmation_generation if shows_token else None}
+
+
+def _note(note: str | None) -> str:
+    note = (note or "").strip()
+    if not 1 <= len(note) <= MAX_NOTE_LENGTH:
+        raise errors.InvalidInput(
+            f"Staff says why: a note of 1 to {MAX_NOTE_LENGTH} characters is needed.", field="note"
+        )
+    return note
+
+
+async def _create(
+    installation: Installation, acting: Acting, step: CancelStep, note: str | None
+) -> CancellationRequest:
+    assert acting.actor.id is not None
+    request = CancellationRequest(
+        id=db.uuid7(),
+        account_id=acting.account.id,
+        status=RequestStatus.PENDING_ASSISTANCE,
+        channel=acting.facts.channel,
+        plan_code=acting.account.plan_code,
+        requested_at=acting.now,
+        requested_by_kind=acting.actor.kind,
+        requested_by_id=acting.actor.id,
+    )
+    if step is CancelStep.REQUEST_ASSISTANCE:
+        request.assistance_requested_at = acting.now
+    else:
+        _await_confirmation(installation, request, acting.now)
+    if step is CancelStep.OPEN_NEW:
+        _opened_by_staff(request, acting, note)
+    await request.save(force_create=True)
+    await _record(TransitionType.CANCELLATION_REQUESTED, acting.account, request.id, acting.actor, acting.now)
+    if step is CancelStep.REQUEST_ASSISTANCE:
+        await _record(
+            TransitionType.CANCELLATION_ASSISTANCE_REQUESTED, acting.account, request.id, acting.actor, acting.now
+        )
+    return request
+
+
+async def _advance(
+    installation: Installation, acting: Acting, step: CancelStep, request: CancellationRequest, note: str | None
+) -> None:
+    """What happens to a request that is open already."""
+    if step is CancelStep.OPEN:
+        _opened_by_staff(request, acting, note)
+        _await_confirmation(installation, request, acting.now)
+        kind = TransitionType.CANCELLATION_REQUESTED
+    elif step is CancelStep.HAND_OVER:
+        request.status = RequestStatus.PENDING_ASSISTANCE
+        request.channel = acting.facts.channel
+        request.plan_code = acting.account.plan_code
+        request.assistance_requested_at = acting.now
+        request.confirmation_token_hash = request.confirmation_expires_at = None
+        request.confirmation_generation += 1
+        request.wrong_tries = 0
+        kind = TransitionType.CANCELLATION_ASSISTANCE_REQUESTED
+    elif request.status is RequestStatus.PENDING_CONFIRMATION and request.wrong_tries >= MAX_WRONG_TRIES:
+        request.confirmation_generation += 1
+        request.confirmation_token_hash = _token_hash(installation, request)
+        request.wrong_tries = 0
+        await request.save()
+        return
+    else:
+        return
+    await request.save()
+    await _record(kind, acting.account, request.id, acting.actor, acting.now)
+
+
+def _opened_by_staff(request: CancellationRequest, acting: Acting, note: str | None) -> None:
+    request.opened_by_staff_at = acting.now
+    request.opened_by_staff_id = acting.actor.id
+    request.staff_note = note
+
+
+def _await_confirmation(installation: Installation, request: CancellationRequest, now: datetime) -> None:
+    request.status = RequestStatus.PENDING_CONFIRMATION
+    request.confirmation_token_hash = _token_hash(installation, request)
+    request.confirmation_expires_at = now + installation.policy.confirmation_lifetime
+
+
+def _token_hash(installation: Installation, request: CancellationRequest) -> str:
+    token = installation.tokens.confirmation_token(request.id, request.confirmation_generation)
+    return hash_confirmation_token(token)
+
+
+async def _hand_to_csm(installation: Installation, acting: Acting, request: CancellationRequest) -> None:
+    policy, account, member = installation.policy, acting.account, acting.caller.member
+    assert member is not None
+    csm = acting.facts.csm
+    plan = account.plan(policy)
+    await outbox.put(
+        [
+            outbox.Addressed(
+                name=csm.name,
+                address=csm.email,
+                email=AssistanceRequested(
+                    account_name=account.name,
+                    plan_name=plan.name,
+                    account_reference=account.reference,
+                    requested_at=acting.now,
+                    respond_by=acting.now + policy.assistance_response,
+                    member=Contact(name=member.name, email=member.email),
+                ),
+            ),
+            outbox.Addressed(
+                name=member.name,
+                address=member.email,
+                email=CancellationReceived(
+                    account_name=account.name,
+                    plan_name=plan.name,
+                    requested_at=acting.now,
+                    csm=csm,
+                    response_hours=_hours(policy.assistance_response),
+                ),
+            ),
+        ],
+        account_id=account.id,
+        now=acting.now,
+        mail_domain=installation.mail_domain,
+    )
+
+
+async def _ask_members_to_confirm(installation: Installation, acting: Acting, request: CancellationRequest) -> None:
+    staff = acting.caller.staff
+    assert staff is not None
+    assert request.confirmation_expires_at is not None
+    await outbox.put(
+        [
+            outbox.Addressed(
+                name=recipient.contact.name,
+                address=recipient.contact.email,
+                email=ConfirmationRequested(
+                    account_name=acting.account.name,
+                    plan_name=acting.account.plan(installation.policy).name,
+                    opened_by=Contact(name=staff.name, email=staff.email),
+                    expires_at=request.confirmation_expires_at,
+                    link=_link(
+                        LinkPurpose.CONFIRM,
+                        recipient,
+                        acting.account.id,
+                        request.id,
+                        acting.now,
+                        request.confirmation_expires_at,
+                        generation=request.confirmation_generation,
+                    ),
+                ),
+            )
+            for recipient in await people.with_billing_permission(acting.account.id)
+        ],
+        account_id=acting.account.id,
+        now=acting.now,
+        mail_domain=installation.mail_domain,
+    )
+
+
+def _link(
+    purpose: LinkPurpose,
+    recipient: Recipient,
+    account_id: UUID,
+    request_id: UUID,
+    now: datetime,
+    expires_at: datetime,
+    *,
+    generation: int = 0,
+) -> Link:
+    return Link(
+        purpose=purpose,
+        issuer=recipient.issuer,
+        subject=recipient.subject,
+        account_id=account_id,
+        request_id=request_id,
+        generation=generation,
+        issued_at=now,
+        expires_at=expires_at,
+    )
+
+
+def _hours(duration: timedelta) -> int:
+    return int(duration / timedelta(hours=1))
+
+
+async def _record(kind: TransitionType, account: AccountView, request_id: UUID, actor: Actor, now: datetime) -> None:
+    """A transition that leaves the account's status as it is."""
+    await history.append(
+        kind, account_id=account.id, status=account.status, request_id=request_id, actor=actor, now=now
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ withdraw
+
+
+async def withdraw(call: Call, account_id: UUID | None, *, idempotency_key: str | None = None) -> AccountView:
+    """Take the open request back before it takes effect; the account is ACTIVE again, its feedback stays."""
+    async with db.transaction():
+        acting = await act_on(call, account_id)
+        lifecycle.permit(Action.WITHDRAW_CANCELLATION, acting.actor)
+        await idempotency.once(
+            call.identity,
+            "withdrawCancellation",
+            idempotency_key,
+            {"account": account_id},
+            acting.account.id,
+            lambda: _withdraw(call.installation, acting),
+        )
+        account = await accounts.load(acting.account.id)
+    assert account is not None
+    return account
+
+
+async def _withdraw(installation: Installation, acting: Acting) -> dict[str, Any]:
+    lifecycle.check(Action.WITHDRAW_CANCELLATION, acting.actor, acting.facts, acting.now)
+    account, request = acting.account, acting.account.request
+    assert request is not None
+    await _close(request, RequestStatus.WITHDRAWN, acting.now)
+    if account.status is AccountStatus.CANCELLATION_SCHEDULED:
+        await Account.filter(id=account.id, status=account.status).update(
+            status=AccountStatus.ACTIVE, cancellation_effective_at=None
+        )
+    await history.append(
+        TransitionType.CANCELLATION_WITHDRAWN,
+        account_id=account.id,
+        status=AccountStatus.ACTIVE,
+        request_id=request.id,
+        actor=acting.actor,
+        now=acting.now,
+    )
+    await outbox.put(
+        [
+            outbox.Addressed(
+                name=recipient.contact.name,
+                address=recipient.contact.email,
+                email=CancellationWithdrawn(
+                    account_name=account.name,
+                    plan_name=account.plan(installation.policy).name,
+                    withdrawn_at=acting.now,
+                    withdrawn_by=acting.actor.name,
+                ),
+            )
+            for recipient in await people.with_billing_permission(account.id)
+        ],
+        account_id=account.id,
+        now=acting.now,
+        mail_domain=installation.mail_domain,
+    )
+    return {}
+
+
+async def _close(request: RequestView, status: RequestStatus, now: datetime) -> None:
+    changed = await CancellationRequest.filter(id=request.id, status=request.status).update(
+        status=status, closed_at=now
+    )
+    assert changed == 1, f"request {request.id} moved under its account's lock"
+
+
+async def _expire(account: AccountView, request: RequestView, now: datetime) -> None:
+    await _close(request, RequestStatus.EXPIRED, now)
+    await _record(TransitionType.CANCELLATION_EXPIRED, account, request.id, SYSTEM, now)
+
+
+# ------------------------------------------------------------------------------------------------------- confirm
+
+
+async def confirm(
+    call: Call,
+    request_id: UUID | None,
+    *,
+    confirmation_token: str | None,
+    account_name: str,
+    idempotency_key: str | None = None,
+) -> AccountView:
+    """Confirm the cancellation: at once, or for the end of the paid period where the plan says so.
+
+    `account_name` is the account's name as the member typed it; spaces around it do not count. The token may be left
+    out by the bearer of an emailed link, which carries it. A wrong token is counted, and the count is kept although
+    the call is refused: after five the token is void, whoever tried, in however many calls.
+    """
+    grant = call.identity.grant
+    values = {
+        "request": request_id,
+        "name": account_name,
+        "token": confirmation_token and hash_confirmation_token(confirmation_token),
+    }
+    found = None if request_id is None else await accounts.load_request(request_id)
+    wrong_try: errors.ConfirmationTokenInvalid | None = None
+    async with db.transaction():
+        acting = await act_on(call, found.account_id if found else None, what="cancellation request")
+        assert found is not None
+        if grant is not None:
+            if grant.request_id != found.id:
+                raise errors.NotFound("cancellation request")
+            confirmation_token = call.installation.tokens.confirmation_token(grant.request_id, grant.generation)
+        lifecycle.permit(Action.CONFIRM_CANCELLATION, acting.actor)
+        if confirmation_token is None:
+            raise errors.InvalidInput(
+                "The confirmation token is needed; cancelAccount gives it.", field="confirmationToken"
+            )
+        token = confirmation_token
+        try:
+            await idempotency.once(
+                call.identity,
+                "confirmCancellation",
+                idempotency_key,
+                values,
+                acting.account.id,
+                lambda: _confirm(call.installation, acting, found.id, token, account_name),
+            )
+        except errors.ConfirmationTokenInvalid as refusal:
+            wrong_try = refusal  # Raised after the commit, which keeps the count.
+        account = await accounts.load(acting.account.id)
+    if wrong_try is not None:
+        raise wrong_try
+    assert account is not None
+    return account
+
+
+async def _confirm(
+    installation: Installation, acting: Acting, request_id: UUID, token: str, account_name: str
+) -> dict[str, Any]:
+    account = acting.account
+    lifecycle.check(Action.CONFIRM_CANCELLATION, acting.actor, acting.facts, acting.now)
+    if account.request is None or account.request.id != request_id:
+        raise errors.RequestStateRefused(
+            "This cancellation request is closed, and the account has a newer one.", request_id=request_id
+        )
+    await _check_token(request_id, token)
+    if account_name.strip() != account.name:
+        raise errors.AccountNameMismatch(f"Type the account's name exactly as it is written: {account.name}")
+    assert acting.actor.id is not None
+    confirmed = lifecycle.confirm(acting.facts, acting.now)
+    changed = await CancellationRequest.filter(id=request_id, status=RequestStatus.PENDING_CONFIRMATION).update(
+        status=RequestStatus.CONFIRMED,
+        confirmed_at=acting.now,
+        confirmed_by_id=acting.actor.id,
+        effective_at=confirmed.effective_at,
+    )
+    assert changed == 1, f"request {request_id} moved under its account's lock"
+    if confirmed.at_once:
+        await _take_effect(installation, account, request_id, acting.actor, acting.actor.id, acting.now)
+    else:
+        await _schedule(installation, acting, request_id, confirmed.effective_at)
+    return {}
+
+
+async def _check_token(request_id: UUID, token: str) -> None:
+    """Raises `ConfirmationTokenInvalid`, after counting a wrong try."""
+    request = await CancellationRequest.get(id=request_id).only("wrong_tries", "confirmation_token_hash")
+    left = MAX_WRONG_TRIES - request.wrong_tries
+    right = hmac.compare_digest(hash_confirmation_token(token), request.confirmation_token_hash or "")
+    if right and left > 0:
+        return
+    if left > 0:
+        left -= 1
+        await CancellationRequest.filter(id=request_id).update(wrong_tries=MAX_WRONG_TRIES - left)
+    if left > 0:
+        message = f"The confirmation token is wrong. {left} more {'try is' if left == 1 else 'tries are'} possible."
+    else:
+        message = "The confirmation token is void after too many wrong tries. Call cancelAccount for a new one."
+    raise errors.ConfirmationTokenInvalid(message, attempts_left=left)
+
+
+async def _schedule(installation: Installation, acting: Acting, request_id: UUID, effective_at: datetime) -> None:
+    account, plan = acting.account, acting.account.plan(installation.policy)
+    await Account.filter(id=account.id, status=AccountStatus.ACTIVE).update(
+        status=AccountStatus.CANCELLATION_SCHEDULED, cancellation_effective_at=effective_at
+    )
+    await history.append(
+        TransitionType.CANCELLATION_SCHEDULED,
+        account_id=account.id,
+        status=AccountStatus.CANCELLATION_SCHEDULED,
+        request_id=request_id,
+        actor=acting.actor,
+        now=acting.now,
+    )
+    await outbox.put(
+        [
+            outbox.Addressed(
+                name=recipient.contact.name,
+                address=recipient.contact.email,
+                email=CancellationScheduled(
+                    account_name=account.name,
+                    plan_name=plan.name,
+                    confirmed_at=acting.now,
+                    confirmed_by=acting.actor.name,
+                    effective_at=effective_at,
+                    retention_hours=_hours(plan.retention),
+                    security_contact=installation.policy.security,
+                ),
+            )
+            for recipient in await people.with_billing_permission(account.id)
+        ],
+        account_id=account.id,
+        now=acting.now,
+        mail_domain=installation.mail_domain,
+    )
+
+
+async def _take_effect(
+    installation: Installation,
+    account: AccountView,
+    request_id: UUID,
+    actor: Actor,
+    confirmed_by_id: UUID | None,
+    now: datetime,
+) -> None:
+    """From this commit on messages stop and members have no access; the window to restart begins."""
+    plan = account.plan(installation.policy)
+    window = lifecycle.retention_window(now, plan.retention)
+    changed = await Account.filter(id=account.id, status=account.status).update(
+        status=AccountStatus.CANCELED,
+        cancellation_effective_at=None,
+        canceled_at=window.canceled_at,
+        restartable_until=window.restartable_until,
+        deletion_scheduled_for=window.deletion_scheduled_for,
+    )
+    assert changed == 1, f"account {account.id} moved under its lock"
+    await CancellationRequest.filter(id=request_id, status=RequestStatus.CONFIRMED).update(
+        status=RequestStatus.EFFECTIVE, took_effect_at=now
+    )
+    await history.append(
+        TransitionType.CANCELED,
+        account_id=account.id,
+        status=AccountStatus.CANCELED,
+        request_id=request_id,
+        actor=actor,
+        now=now,
+        new_epoch=True,
+    )
+    recipients = await people.with_billing_permission(account.id)
+    confirmer = next((one for one in recipients if one.member_id == confirmed_by_id), None)
+    if confirmer is None and (confirmer := await people.member(confirmed_by_id)) is not None:
+        recipients = [*recipients, confirmer]  # The permission was taken away before the cancellation took effect.
+    name = confirmer.contact.name if confirmer else "a former member"
+    await outbox.put(
+        [
+            outbox.Addressed(
+                name=recipient.contact.name,
+                address=recipient.contact.email,
+                email=(CancellationConfirmed if recipient is confirmer else CancellationNotice)(
+                    account_name=account.name,
+                    plan_name=plan.name,
+                    canceled_at=window.canceled_at,
+                    canceled_by=name,
+                    restartable_until=window.restartable_until,
+                    deletion_scheduled_for=window.deletion_scheduled_for,
+                    retention_hours=_hours(plan.retention),
+                    billing_contact=installation.policy.billing_team,
+                    security_contact=installation.policy.security,
+                    restart_link=_link(
+                        LinkPurpose.RESTART, recipient, account.id, request_id, now, window.restartable_until
+                    ),
+                    feedback_link=_link(
+                        LinkPurpose.FEEDBACK, recipient, account.id, request_id, now, window.restartable_until
+                    ),
+                ),
+            )
+            for recipient in recipients
+        ],
+        account_id=account.id,
+        now=now,
+        mail_domain=installation.mail_domain,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- timers
+
+
+async def run_due(installation: Installation, *, limit: int = 100) -> int:
+    """Expire unconfirmed requests and let scheduled cancellations take effect, as far as they are due by the
+    database's clock: up to `limit` of each, one transaction each. Returns how many accounts were moved.
+
+    Any number of workers may run it: what is due is found without a lock and checked again under it.
+    """
+    now = await db.now()
+    moved = 0
+    for account_id in await _due(
+        "SELECT account_id AS id FROM cancellation_request WHERE status = 'PENDING_CONFIRMATION' "
+        f"AND confirmation_expires_at <= $1 ORDER BY confirmation_expires_at LIMIT {int(limit)}",
+        now,
+    ):
+        moved += await _expire_if_due(account_id)
+    for account_id in await _due(
+        "SELECT id FROM account WHERE status = 'CANCELLATION_SCHEDULED' AND cancellation_effective_at <= $1 "
+        f"ORDER BY cancellation_effective_at LIMIT {int(limit)}",
+        now,
+    ):
+        moved += await _take_effect_if_due(installation, account_id)
+    return moved
+
+
+async def _due(sql: str, now: datetime) -> Sequence[UUID]:
+    return [db.as_uuid(row["id"]) for row in await db.fetch(sql, now)]
+
+
+async def _expire_if_due(account_id: UUID) -> bool:
+    async with db.transaction():
+        account = await accounts.lock(account_id)
+        now = await db.now()
+        if account is None or account.request is None or not lifecycle.has_expired(account.request.facts(), now):
+            return False
+        await _expire(account, account.request, now)
+        return True
+
+
+async def _take_effect_if_due(installation: Installation, account_id: UUID) -> bool:
+    async with db.transaction():
+        account = await accounts.lock(account_id)
+        now = await db.now()
+        if (
+            account is None
+            or account.request is None
+            or account.status is not AccountStatus.CANCELLATION_SCHEDULED
+            or account.cancellation_effective_at is None
+            or account.cancellation_effective_at > now
+        ):
+            return False
+        request = await CancellationRequest.get(id=account.request.id)
+        await _take_effect(installation, account, request.id, SYSTEM, request.confirmed_by_id, now)
+        return True

@@ -1,0 +1,228 @@
+"""The database floor: one `Database` per installation, and short functions on the one that is bound.
+
+    database = await Database.open("sqlite:///var/lib/sunset/sunset.db")
+    with database.bind():
+        async with db.transaction():
+            row = await db.fetch_one("SELECT status FROM account WHERE id = $1", account_id)
+
+Works alike on SQLite and PostgreSQL: `$1` placeholders, UUID and aware `datetime` arguments, `IntegrityError` for a
+broken constraint, `app.errors.Unavailable` for a database that is away or too busy. What differs is the form of
+values in raw rows (`as_uuid`, `as_datetime`; SQLite's truths are 0 and 1; JSON is text on both).
+
+Nothing here creates tables (`app.db.migrate` does) or knows the domain: models are named, never imported.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Any, ClassVar, Literal, Self
+from urllib.parse import unquote, urlsplit
+
+from tortoise.context import TortoiseContext
+from tortoise.context import _current_context as _tortoise_context
+from tortoise.exceptions import IntegrityError
+
+from app.db.listen import Wakeups
+from app.db.transaction import TransactionBlock, detached, refuse_inside_transaction
+from app.db.values import UtcDatetimeField, as_datetime, as_uuid, uuid7
+
+__all__ = [
+    "Database",
+    "Dialect",
+    "IntegrityError",
+    "UtcDatetimeField",
+    "Wakeups",
+    "as_datetime",
+    "as_uuid",
+    "bound",
+    "dialect",
+    "execute",
+    "fetch",
+    "fetch_one",
+    "for_update",
+    "listen",
+    "notify",
+    "now",
+    "now_sql",
+    "transaction",
+    "uuid7",
+]
+
+Dialect = Literal["sqlite", "postgresql"]
+
+
+class Database:
+    """The connections to one database. Open it in the event loop that uses it, and close it there.
+
+    A process may hold several at a time on one engine, not on two: Tortoise keeps each model's SQL per class.
+    """
+
+    _open_dialects: ClassVar[list[Dialect]] = []
+
+    def __init__(self, url: str, dialect: Dialect, context: TortoiseContext, client: Any) -> None:
+        self.url = url
+        self.dialect = dialect
+        self._context = context
+        self._client = client
+
+    @classmethod
+    async def open(
+        cls, url: str, *, pool_size: int = 10, statement_seconds: float = 15.0, lock_seconds: float = 5.0
+    ) -> Self:
+        """Connect to `sqlite:///absolute/path` or `postgres://...`. Creates no table.
+
+        `statement_seconds` and `lock_seconds` bound each statement on PostgreSQL. Refuses with ValueError a URL of
+        another kind, with `Unavailable` a database that cannot be reached.
+        """
+        scheme = urlsplit(url).scheme
+        dialect: Dialect
+        if scheme == "sqlite":
+            dialect, engine = "sqlite", "app.db.sqlite_backend"
+            credentials: dict[str, Any] = {"file_path": sqlite_path(url), "pool_size": pool_size}
+        elif scheme in {"postgres", "postgresql"}:
+            dialect, engine = "postgresql", "app.db.asyncpg_backend"
+            credentials = {
+                "dsn": url,
+                "pool_size": pool_size,
+                "statement_seconds": statement_seconds,
+                "lock_seconds": lock_seconds,
+            }
+        else:
+            raise ValueError("A database URL begins with sqlite:/// or postgres://")
+        if any(other != dialect for other in cls._open_dialects):
+            raise RuntimeError("A process cannot use SQLite and PostgreSQL at the same time.")
+        context = TortoiseContext()
+        token = _tortoise_context.set(context)  # `init` looks itself up
+        try:
+            # The connection is named after its engine, because Tortoise caches SQL per connection name.
+            await context.init(
+                {
+                    "connections": {dialect: {"engine": engine, "credentials": credentials}},
+                    "apps": {
+                        "models": {
+                            "models": ["app.models"],
+                            "default_connection": dialect,
+                            "migrations": "app.db.migrations",
+                        }
+                    },
+                    "use_tz": True,
+                    "timezone": "UTC",
+                }
+            )
+        finally:
+            _tortoise_context.reset(token)
+        client: Any = context.connections.get(dialect)
+        try:
+            await client.create_connection(with_db=True)
+        except BaseException:
+            await client.close()
+            raise
+        cls._open_dialects.append(dialect)
+        return cls(url, dialect, context, client)
+
+    async def close(self) -> None:
+        """Close the connections. What still runs on one ends with `Unavailable`."""
+        await self._client.close()
+        if self.dialect in self._open_dialects:
+            self._open_dialects.remove(self.dialect)
+
+    @contextmanager
+    def bind(self) -> Iterator[None]:
+        """Within the block, models and this module's functions use this database, and no transaction is open.
+
+        Tasks started in the block inherit it. RuntimeError inside a transaction of the same task.
+        """
+        with detached():
+            bound_token = _bound.set(self)
+            tortoise_token = _tortoise_context.set(self._context)
+            try:
+                yield
+            finally:
+                _tortoise_context.reset(tortoise_token)
+                _bound.reset(bound_token)
+
+
+_bound: ContextVar[Database] = ContextVar("sunset_database")
+
+
+def bound() -> Database:
+    """The database that the running task uses. LookupError outside of `Database.bind`."""
+    return _bound.get()
+
+
+def dialect() -> Dialect:
+    """The bound database's engine, where one SQL cannot serve both."""
+    return _bound.get().dialect
+
+
+def transaction() -> AbstractAsyncContextManager[Any]:
+    """`async with` one transaction: committed when the block ends, rolled back when it raises or is canceled.
+
+    One action, one transaction: RuntimeError inside another one. No task may be started inside (see
+    `app.db.transaction`), and nothing but the database awaited. `Unavailable` when it cannot begin or commit.
+    """
+    refuse_inside_transaction("Opening a transaction")
+    return TransactionBlock(_bound.get()._client)
+
+
+async def fetch(sql: str, *args: Any) -> list[dict[str, Any]]:
+    """All rows of one statement, as raw values, in the task's transaction if it has one."""
+    rows: list[dict[str, Any]] = await _bound.get()._client.fetch(sql, args)
+    return rows
+
+
+async def fetch_one(sql: str, *args: Any) -> dict[str, Any] | None:
+    """The first row of one statement, or None."""
+    rows: list[dict[str, Any]] = await _bound.get()._client.fetch(sql, args)
+    return rows[0] if rows else None
+
+
+async def execute(sql: str, *args: Any) -> int:
+    """Run one statement and return how many rows it changed."""
+    changed: int = await _bound.get()._client.execute(sql, args)
+    return changed
+
+
+async def now() -> datetime:
+    """The time by the database's clock, in UTC, cut to milliseconds. It moves on within a transaction."""
+    moment: datetime = await _bound.get()._client.now()
+    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+
+def now_sql() -> str:
+    """What `now` asks, as an SQL expression, for statements that ask something else too."""
+    if dialect() == "postgresql":
+        return "date_trunc('milliseconds', clock_timestamp())"
+    return "strftime('%Y-%m-%d %H:%M:%f', 'now') || '000+00:00'"
+
+
+def for_update(*, skip_locked: bool = False) -> str:
+    """The end of a SELECT that locks its rows. Nothing on SQLite, where a transaction has the database to itself."""
+    if dialect() == "sqlite":
+        return ""
+    return " FOR UPDATE SKIP LOCKED" if skip_locked else " FOR UPDATE"
+
+
+async def notify(channel: str) -> None:
+    """Wake who listens to `channel`: after the commit, when the task has a transaction open, otherwise now."""
+    await _bound.get()._client.notify(channel)
+
+
+def listen(channel: str) -> AbstractAsyncContextManager[Wakeups]:
+    """`async with` a listener; wake-ups are hints, and may come too often or, on another host's failure, never.
+
+    Reaches all processes on PostgreSQL, this process on SQLite. RuntimeError inside a transaction.
+    """
+    refuse_inside_transaction("Listening")
+    wakeups: AbstractAsyncContextManager[Wakeups] = _bound.get()._client.listen(channel)
+    return wakeups
+
+
+def sqlite_path(url: str) -> str:
+    """The file of a `sqlite:///` URL. Refuses with ValueError a relative one and a database in memory."""
+    parts = urlsplit(url)
+    path = unquote(parts.path)
+    if parts.netloc or not path.startswith("/") or path == "/" or parts.query or parts.fragment:
+        raise ValueError("A SQLite URL is sqlite:/// and the absolute path of a file, as in sqlite:///var/sunset.db")
+    return path

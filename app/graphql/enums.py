@@ -1,0 +1,207 @@
+"""The enums of the API: the vocabulary of `app.lifecycle`, with the words that a client's developer reads.
+
+Every value has a description; one that is missing here fails when the schema is built.
+"""
+
+from collections.abc import Mapping
+from enum import Enum, StrEnum
+
+import strawberry
+
+from app import accounts, lifecycle
+
+
+class SortDirection(StrEnum):
+    ASC = "ASC"
+    DESC = "DESC"
+
+
+def _describe(kind: type[Enum], name: str, about: str, values: Mapping[Enum, str]) -> None:
+    strawberry.enum(kind, name=name, description=about)
+    for value in kind.__strawberry_definition__.values:  # type: ignore[attr-defined]
+        value.description = values[kind[value.name]]
+
+
+_describe(
+    lifecycle.AccountStatus,
+    "AccountStatus",
+    "Where an account is in its life.",
+    {
+        lifecycle.AccountStatus.ACTIVE: "In use. A cancellation may have been asked for; see `openRequest`.",
+        lifecycle.AccountStatus.CANCELLATION_SCHEDULED: (
+            "Confirmed, and takes effect at the end of the paid period. Everything works until then."
+        ),
+        lifecycle.AccountStatus.CANCELED: (
+            "Messages have stopped and members have no access. The billing team can restart it until "
+            "`restartableUntil`; its data is kept until `deletionScheduledFor`."
+        ),
+        lifecycle.AccountStatus.DELETING: "The deletion of its data has begun and cannot be undone.",
+        lifecycle.AccountStatus.DELETED: "Its data is gone.",
+    },
+)
+_describe(
+    lifecycle.RequestStatus,
+    "CancellationRequestStatus",
+    "Where one attempt to cancel is.",
+    {
+        lifecycle.RequestStatus.PENDING_ASSISTANCE: "Waits for the Customer Success Manager. Open.",
+        lifecycle.RequestStatus.PENDING_CONFIRMATION: "Waits for a member to confirm. Open.",
+        lifecycle.RequestStatus.CONFIRMED: "Confirmed, and takes effect at `effectiveAt`. Open.",
+        lifecycle.RequestStatus.EFFECTIVE: "The account was canceled by it.",
+        lifecycle.RequestStatus.REVERTED: "It had canceled the account, which was restarted since.",
+        lifecycle.RequestStatus.WITHDRAWN: "Taken back before it took effect.",
+        lifecycle.RequestStatus.SAVED: "An offer was accepted instead.",
+        lifecycle.RequestStatus.EXPIRED: "Not confirmed in time.",
+    },
+)
+_describe(
+    lifecycle.Channel,
+    "CancellationChannel",
+    "How a plan is canceled.",
+    {
+        lifecycle.Channel.SELF_SERVE: "A member asks and confirms.",
+        lifecycle.Channel.ASSISTED: "A member asks, a Customer Success Manager opens it, a member confirms.",
+    },
+)
+_describe(
+    lifecycle.Effective,
+    "CancellationTiming",
+    "When a confirmed cancellation takes effect.",
+    {
+        lifecycle.Effective.IMMEDIATE: "With the confirmation.",
+        lifecycle.Effective.PERIOD_END: "At the end of the paid period; at once where there is none.",
+    },
+)
+_describe(
+    lifecycle.MemberRole,
+    "MemberRole",
+    "A member's role in one account.",
+    {
+        lifecycle.MemberRole.ADMIN: "Has every permission.",
+        lifecycle.MemberRole.MEMBER: "Has the permissions that were granted.",
+    },
+)
+_describe(
+    lifecycle.Permission,
+    "MemberPermission",
+    "What can be granted to a member.",
+    {lifecycle.Permission.ACCESS_BILLING_AND_ACCOUNT_INFO: 'Shown to people as "Access billing & account info".'},
+)
+_describe(
+    lifecycle.StaffRole,
+    "StaffRole",
+    "The role of a person of the company that runs the service.",
+    {
+        lifecycle.StaffRole.BILLING_TEAM: "Restarts accounts, and opens cancellations.",
+        lifecycle.StaffRole.CUSTOMER_SUCCESS_MANAGER: "Opens cancellations of their accounts, and of those without one.",
+        lifecycle.StaffRole.SUPPORT: "Reads.",
+    },
+)
+_describe(
+    lifecycle.Scope,
+    "ServiceScope",
+    "What another system may do.",
+    {
+        lifecycle.Scope.PROVISION: "Create and update accounts.",
+        lifecycle.Scope.GATE: "Ask whether an account may send and its members may sign in.",
+        lifecycle.Scope.DELETION: "Take part in deletions.",
+    },
+)
+_describe(
+    lifecycle.FeedbackReason,
+    "FeedbackReason",
+    "Why a customer cancels. What is shown to people is in `feedbackReasons`.",
+    {
+        lifecycle.FeedbackReason.TOO_EXPENSIVE: "It costs too much.",
+        lifecycle.FeedbackReason.MISSING_FEATURES: "It lacks something.",
+        lifecycle.FeedbackReason.SWITCHED_SERVICE: "Another service took its place.",
+        lifecycle.FeedbackReason.UNUSED: "It is not used.",
+        lifecycle.FeedbackReason.CUSTOMER_SERVICE: "The support was not good enough.",
+        lifecycle.FeedbackReason.LOW_QUALITY: "It did not work well enough.",
+        lifecycle.FeedbackReason.TOO_COMPLEX: "It is too hard to use.",
+        lifecycle.FeedbackReason.OTHER: "Something else.",
+    },
+)
+_describe(
+    lifecycle.OfferKind,
+    "OfferKind",
+    "What kind of alternative an offer is.",
+    {
+        lifecycle.OfferKind.DISCOUNT: "A lower price for a time.",
+        lifecycle.OfferKind.PAUSE: "A pause instead of an end.",
+        lifecycle.OfferKind.PLAN_CHANGE: "Another plan.",
+        lifecycle.OfferKind.TRIAL_EXTENSION: "More time to try.",
+        lifecycle.OfferKind.CONTACT: "A conversation with somebody who can help.",
+        lifecycle.OfferKind.CUSTOM: "Something else; see its description.",
+    },
+)
+_describe(
+    lifecycle.OfferStatus,
+    "OfferStatus",
+    "Whether an offer was answered.",
+    {
+        lifecycle.OfferStatus.OPEN: "Not answered. Nobody has to.",
+        lifecycle.OfferStatus.ACCEPTED: "Accepted; the request is SAVED.",
+        lifecycle.OfferStatus.DECLINED: "Declined.",
+    },
+)
+_describe(
+    lifecycle.ActorKind,
+    "ActorKind",
+    "What kind of actor did something.",
+    {
+        lifecycle.ActorKind.MEMBER: "A member of the account.",
+        lifecycle.ActorKind.STAFF: "A person of the company that runs the service.",
+        lifecycle.ActorKind.SERVICE: "Another system of that company.",
+        lifecycle.ActorKind.SYSTEM: "Sunset itself, when something was due.",
+    },
+)
+_describe(
+    lifecycle.Action,
+    "AccountAction",
+    "What can be done about an account's cancellation; each is the mutation of that name.",
+    {
+        lifecycle.Action.CANCEL_ACCOUNT: "`cancelAccount`",
+        lifecycle.Action.SUBMIT_FEEDBACK: "`submitFeedback`",
+        lifecycle.Action.ACCEPT_OFFER: "`acceptOffer`",
+        lifecycle.Action.DECLINE_OFFER: "`declineOffer`",
+        lifecycle.Action.WITHDRAW_CANCELLATION: "`withdrawCancellation`",
+        lifecycle.Action.CONFIRM_CANCELLATION: "`confirmCancellation`",
+        lifecycle.Action.RESTART_ACCOUNT: "`restartAccount`",
+        lifecycle.Action.REQUEST_RESTART: "`requestRestart`",
+    },
+)
+_describe(
+    lifecycle.TransitionType,
+    "TransitionType",
+    "What happened to an account.",
+    {
+        lifecycle.TransitionType.CANCELLATION_REQUESTED: "A cancellation was asked for, or opened by staff.",
+        lifecycle.TransitionType.CANCELLATION_ASSISTANCE_REQUESTED: "It was handed to a Customer Success Manager.",
+        lifecycle.TransitionType.CANCELLATION_WITHDRAWN: "The cancellation was taken back.",
+        lifecycle.TransitionType.CANCELLATION_EXPIRED: "The cancellation was not confirmed in time.",
+        lifecycle.TransitionType.OFFER_ACCEPTED: "An offer was accepted instead.",
+        lifecycle.TransitionType.OFFER_DECLINED: "An offer was declined.",
+        lifecycle.TransitionType.CANCELLATION_SCHEDULED: "The cancellation was confirmed for a later time.",
+        lifecycle.TransitionType.CANCELED: "The account was canceled.",
+        lifecycle.TransitionType.FEEDBACK_SUBMITTED: "Feedback was given.",
+        lifecycle.TransitionType.RESTART_REQUESTED: "A former member asked for a restart.",
+        lifecycle.TransitionType.RESTARTED: "The account was restarted.",
+    },
+)
+_describe(
+    accounts.AccountSort,
+    "AccountSortField",
+    "What a list of accounts can be sorted by.",
+    {
+        accounts.AccountSort.NAME: "Name, by code points.",
+        accounts.AccountSort.CREATED_AT: "When Sunset first knew it.",
+        accounts.AccountSort.DELETION_SCHEDULED_FOR: "Deletion date; accounts that have none are left out.",
+    },
+)
+_describe(
+    SortDirection,
+    "SortDirection",
+    "Which end comes first.",
+    {SortDirection.ASC: "Smallest, or earliest, first.", SortDirection.DESC: "Largest, or latest, first."},
+)

@@ -1,0 +1,196 @@
+"""The catalogue of emails: what each one needs to know, as frozen facts.
+
+Facts are taken inside the transaction that they tell of and stored with the outbox row; the words are rendered
+from them when the message is sent (`app.delivery`). So a message can be retried for days and still says what was
+true when it was promised, and no secret is stored: a link is kept as what it grants (`Link`) and signed on sending.
+Pure: the standard library alone.
+"""
+
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, ClassVar
+from uuid import UUID
+
+from app.errors import Contact
+from app.lifecycle import LinkPurpose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What an emailed link grants: one purpose, to one person, for one request of one account, until it expires."""
+
+    purpose: LinkPurpose
+    issuer: str
+    subject: str
+    account_id: UUID
+    request_id: UUID
+    generation: int
+    issued_at: datetime
+    expires_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Email:
+    """What every email knows. `template` names its folder of templates and stays stable: stored rows refer to it."""
+
+    template: ClassVar[str]
+    about: ClassVar[str]
+    """When it is sent and to whom, for the documentation."""
+
+    account_name: str
+    plan_name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CancellationReceived(Email):
+    template = "cancellation-received"
+    about = "To the member who asked to cancel an ASSISTED plan: received, and who will be in touch."
+
+    requested_at: datetime
+    csm: Contact
+    response_hours: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssistanceRequested(Email):
+    template = "assistance-requested"
+    about = "To the Customer Success Manager: a member of an ASSISTED plan asks to cancel."
+
+    account_reference: str
+    requested_at: datetime
+    respond_by: datetime
+    member: Contact
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfirmationRequested(Email):
+    template = "confirmation-requested"
+    about = "To the members with the billing permission: staff has opened the cancellation; the link to confirm it."
+
+    opened_by: Contact
+    expires_at: datetime
+    link: Link
+
+
+@dataclass(frozen=True, kw_only=True)
+class CancellationConfirmed(Email):
+    template = "cancellation-confirmed"
+    about = "To the member who confirmed: the account is canceled, what stopped, and until when it can be restarted."
+
+    canceled_at: datetime
+    canceled_by: str
+    restartable_until: datetime
+    deletion_scheduled_for: datetime
+    retention_hours: int
+    billing_contact: Contact
+    security_contact: Contact
+    restart_link: Link
+    feedback_link: Link
+
+
+@dataclass(frozen=True, kw_only=True)
+class CancellationNotice(CancellationConfirmed):
+    template = "cancellation-notice"
+    about = "To the other members with the billing permission: who canceled the account, and what to do about it."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CancellationScheduled(Email):
+    template = "cancellation-scheduled"
+    about = "To the members with the billing permission: confirmed, takes effect at the end of the paid period."
+
+    confirmed_at: datetime
+    confirmed_by: str
+    effective_at: datetime
+    retention_hours: int
+    security_contact: Contact
+
+
+@dataclass(frozen=True, kw_only=True)
+class CancellationWithdrawn(Email):
+    template = "cancellation-withdrawn"
+    about = "To the members with the billing permission: the cancellation was withdrawn; nothing changes."
+
+    withdrawn_at: datetime
+    withdrawn_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfferAccepted(Email):
+    template = "offer-accepted"
+    about = "To the billing team: a member accepted an offer instead of canceling; it is to be carried out."
+
+    account_reference: str
+    accepted_at: datetime
+    accepted_by: Contact
+    offer_code: str
+    offer_title: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartRequested(Email):
+    template = "restart-requested"
+    about = "To the billing team: a former member asks to restart a canceled account."
+
+    account_reference: str
+    requested_at: datetime
+    requested_by: Contact
+    note: str
+    restartable_until: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountRestarted(Email):
+    template = "account-restarted"
+    about = "To the members with the billing permission: the account is active again."
+
+    restarted_at: datetime
+    billing_contact: Contact
+
+
+CATALOGUE: dict[str, type[Email]] = {
+    email.template: email
+    for email in (
+        CancellationReceived,
+        AssistanceRequested,
+        ConfirmationRequested,
+        CancellationConfirmed,
+        CancellationNotice,
+        CancellationScheduled,
+        CancellationWithdrawn,
+        OfferAccepted,
+        RestartRequested,
+        AccountRestarted,
+    )
+}
+
+
+def pack(email: Email) -> dict[str, Any]:
+    """The facts as JSON values."""
+    return {field.name: _pack(getattr(email, field.name)) for field in fields(email)}
+
+
+def unpack(template: str, facts: dict[str, Any]) -> Email:
+    """The email of a stored row. Raises KeyError for a template or a fact that this version does not know."""
+    kind = CATALOGUE[template]
+    return kind(**{field.name: _unpack(field.type, facts[field.name]) for field in fields(kind)})
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, Contact | Link):
+        return {field.name: _pack(getattr(value, field.name)) for field in fields(value)}
+    return value
+
+
+def _unpack(kind: Any, value: Any) -> Any:
+    if kind is datetime:
+        return datetime.fromisoformat(value)
+    if kind in (UUID, LinkPurpose):
+        return kind(value)
+    if kind in (Contact, Link):
+        return kind(**{field.name: _unpack(field.type, value[field.name]) for field in fields(kind)})
+    return value

@@ -1,0 +1,341 @@
+"""The rows of Sunset. Tortoise models: columns and relations, no behavior.
+
+The rules that the database itself keeps, also against hand-written SQL and on both engines, are declared in the
+migration (`app/db/migrations`) because Tortoise does not create constraints from `Meta`. Each model's docstring
+names its own under "Kept by the database".
+
+Actors are named by kind and id, without a foreign key: history outlives the people in it.
+"""
+
+from typing import Any
+from uuid import UUID
+
+from tortoise import fields
+from tortoise.models import Model
+
+from app.db import UtcDatetimeField, uuid7
+from app.lifecycle import (
+    AccountStatus,
+    ActorKind,
+    Channel,
+    FeedbackReason,
+    MemberRole,
+    OfferKind,
+    OfferStatus,
+    RequestStatus,
+    StaffRole,
+    TransitionType,
+)
+
+
+class CodeSetField(fields.Field[frozenset[str]], frozenset):  # type: ignore[type-arg]
+    """A small set of codes in one text column: sorted, separated by spaces, as OAuth writes scopes."""
+
+    SQL_TYPE = "VARCHAR(255)"
+    field_type = frozenset
+
+    def to_db_value(self, value: Any, instance: Any) -> str:
+        return " ".join(sorted(value))
+
+    def to_python_value(self, value: Any) -> frozenset[str]:
+        return frozenset(value.split()) if isinstance(value, str) else frozenset(value)
+
+
+class Staff(Model):
+    """A person of the company that runs the SaaS.
+
+    Kept by the database: role is a StaffRole; (issuer, subject) unique; email unique.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    issuer = fields.CharField(max_length=255)
+    subject = fields.CharField(max_length=255)
+    email = fields.CharField(max_length=254)
+    name = fields.CharField(max_length=200)
+    role = fields.CharEnumField(StaffRole, max_length=32)
+    created_at = UtcDatetimeField()
+    deactivated_at = UtcDatetimeField(null=True)
+
+    class Meta:
+        table = "staff"
+
+
+class Service(Model):
+    """Another system of that company.
+
+    Kept by the database: (issuer, subject) unique; name unique.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    issuer = fields.CharField(max_length=255)
+    subject = fields.CharField(max_length=255)
+    name = fields.CharField(max_length=64)
+    scopes = CodeSetField()
+    created_at = UtcDatetimeField()
+    deactivated_at = UtcDatetimeField(null=True)
+
+    class Meta:
+        table = "service"
+
+
+class Account(Model):
+    """The customer's tenant.
+
+    Kept by the database:
+    - status is an AccountStatus; reference unique; epoch >= 0
+    - canceled_at and restartable_until are set exactly in CANCELED, DELETING and DELETED
+    - deletion_scheduled_for is set exactly in CANCELED without a hold, and in DELETING and DELETED
+    - deletion_held_at only in CANCELED
+    - restartable_until > canceled_at; deletion_scheduled_for >= restartable_until
+    - cancellation_effective_at is set exactly in CANCELLATION_SCHEDULED
+    - deletion_started_at is set exactly in DELETING and DELETED and is never before restartable_until
+    - deleted_at is set exactly in DELETED
+    - status moves only along lifecycle.md's arrows; a DELETED account never changes status;
+      a row is inserted as ACTIVE only
+    - a DELETED account has no members (no update to DELETED while members exist, no member inserted then)
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    reference = fields.CharField(max_length=200)
+    """The host's own name for the account."""
+    name = fields.CharField(max_length=200)
+    plan_code = fields.CharField(max_length=64)
+    status = fields.CharEnumField(AccountStatus, max_length=32, default=AccountStatus.ACTIVE)
+    epoch = fields.IntField(default=0)
+    """Grows with each cancellation that takes effect and each restart."""
+    last_sequence = fields.IntField(default=0)
+    """The sequence of the account's newest transition."""
+    current_period_end = UtcDatetimeField(null=True)
+    csm: fields.ForeignKeyNullableRelation[Staff] = fields.ForeignKeyField(
+        "models.Staff", null=True, on_delete=fields.RESTRICT, related_name="accounts"
+    )
+    csm_id: UUID | None
+    cancellation_effective_at = UtcDatetimeField(null=True)
+    canceled_at = UtcDatetimeField(null=True)
+    restartable_until = UtcDatetimeField(null=True)
+    deletion_scheduled_for = UtcDatetimeField(null=True)
+    deletion_held_at = UtcDatetimeField(null=True)
+    deletion_started_at = UtcDatetimeField(null=True)
+    deleted_at = UtcDatetimeField(null=True)
+    created_at = UtcDatetimeField()
+
+    class Meta:
+        table = "account"
+
+
+class Member(Model):
+    """One person in one account.
+
+    Kept by the database: role is a MemberRole; (account, issuer, subject) unique; index on (issuer, subject).
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="members"
+    )
+    account_id: UUID
+    issuer = fields.CharField(max_length=255)
+    subject = fields.CharField(max_length=255)
+    email = fields.CharField(max_length=254)
+    name = fields.CharField(max_length=200)
+    role = fields.CharEnumField(MemberRole, max_length=16)
+    permissions = CodeSetField()
+    created_at = UtcDatetimeField()
+
+    class Meta:
+        table = "member"
+
+
+class CancellationRequest(Model):
+    """One attempt to cancel.
+
+    Kept by the database:
+    - status is a RequestStatus, channel a Channel
+    - one open request (PENDING_ASSISTANCE, PENDING_CONFIRMATION, CONFIRMED) per account: partial unique index;
+      one EFFECTIVE request per account: partial unique index
+    - confirmation_token_hash and confirmation_expires_at are set together, and always in PENDING_CONFIRMATION
+    - confirmed_at and effective_at are set in CONFIRMED, EFFECTIVE and REVERTED; effective_at never before confirmed_at
+    - took_effect_at set exactly in EFFECTIVE and REVERTED
+    - closed_at set exactly in WITHDRAWN, SAVED, EXPIRED and REVERTED
+    - wrong_tries between 0 and 5
+    - a closed request (WITHDRAWN, SAVED, EXPIRED, REVERTED) never changes status; status moves only along the arrows
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="cancellation_requests"
+    )
+    account_id: UUID
+    status = fields.CharEnumField(RequestStatus, max_length=32)
+    channel = fields.CharEnumField(Channel, max_length=16)
+    plan_code = fields.CharField(max_length=64)
+    requested_at = UtcDatetimeField()
+    requested_by_kind = fields.CharEnumField(ActorKind, max_length=16)
+    requested_by_id = fields.UUIDField()
+    assistance_requested_at = UtcDatetimeField(null=True)
+    opened_by_staff_at = UtcDatetimeField(null=True)
+    opened_by_staff_id = fields.UUIDField(null=True)
+    staff_note = fields.TextField(null=True)
+    confirmation_token_hash = fields.CharField(max_length=64, null=True)
+    confirmation_generation = fields.IntField(default=0)
+    """Grows when a used-up token is replaced; part of what the token is derived from."""
+    confirmation_expires_at = UtcDatetimeField(null=True)
+    wrong_tries = fields.IntField(default=0)
+    confirmed_at = UtcDatetimeField(null=True)
+    confirmed_by_id = fields.UUIDField(null=True)
+    effective_at = UtcDatetimeField(null=True)
+    took_effect_at = UtcDatetimeField(null=True)
+    closed_at = UtcDatetimeField(null=True)
+
+    class Meta:
+        table = "cancellation_request"
+
+
+class Feedback(Model):
+    """Why, in the customer's words.
+
+    Kept by the database: reason is a FeedbackReason; rows are never updated, and deleted only while their account
+    is DELETING or DELETED.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="feedback"
+    )
+    account_id: UUID
+    request: fields.ForeignKeyRelation[CancellationRequest] = fields.ForeignKeyField(
+        "models.CancellationRequest", on_delete=fields.RESTRICT, related_name="feedback"
+    )
+    request_id: UUID
+    reason = fields.CharEnumField(FeedbackReason, max_length=32)
+    comment = fields.TextField(null=True)
+    submitted_by_id = fields.UUIDField()
+    submitted_at = UtcDatetimeField()
+
+    class Meta:
+        table = "feedback"
+
+
+class Offer(Model):
+    """An alternative solution made to an account within a request; what it said is kept as it was made.
+
+    Kept by the database: kind is an OfferKind, status an OfferStatus; (request, code) unique; answered_at set
+    exactly when status is not OPEN; one ACCEPTED offer per request at most.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="offers"
+    )
+    account_id: UUID
+    request: fields.ForeignKeyRelation[CancellationRequest] = fields.ForeignKeyField(
+        "models.CancellationRequest", on_delete=fields.RESTRICT, related_name="offers"
+    )
+    request_id: UUID
+    code = fields.CharField(max_length=64)
+    kind = fields.CharEnumField(OfferKind, max_length=32)
+    title = fields.CharField(max_length=200)
+    description = fields.TextField()
+    status = fields.CharEnumField(OfferStatus, max_length=16, default=OfferStatus.OPEN)
+    offered_at = UtcDatetimeField()
+    answered_at = UtcDatetimeField(null=True)
+    answered_by_id = fields.UUIDField(null=True)
+
+    class Meta:
+        table = "offer"
+
+
+class RestartRequest(Model):
+    """A former member asks for a restart. It restarts nothing; the billing team sees it.
+
+    Kept by the database: one per request of an account: unique (request).
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="restart_requests"
+    )
+    account_id: UUID
+    request: fields.ForeignKeyRelation[CancellationRequest] = fields.ForeignKeyField(
+        "models.CancellationRequest", on_delete=fields.RESTRICT, related_name="restart_requests"
+    )
+    request_id: UUID
+    requested_by_id = fields.UUIDField()
+    note = fields.TextField(null=True)
+    requested_at = UtcDatetimeField()
+
+    class Meta:
+        table = "restart_request"
+
+
+class Transition(Model):
+    """One step of an account's history, without personal data.
+
+    Kept by the database: type is known (TransitionType); (account, sequence) unique; rows are never updated and
+    never deleted.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="transitions"
+    )
+    account_id: UUID
+    sequence = fields.IntField()
+    """Grows by one with each transition of the account."""
+    epoch = fields.IntField()
+    type = fields.CharEnumField(TransitionType, max_length=64)
+    request_id = fields.UUIDField(null=True)
+    actor_kind = fields.CharEnumField(ActorKind, max_length=16)
+    actor_id = fields.UUIDField(null=True)
+    account_status = fields.CharEnumField(AccountStatus, max_length=32)
+    occurred_at = UtcDatetimeField()
+
+    class Meta:
+        table = "transition"
+
+
+class OutboxMessage(Model):
+    """A message that the database has promised to send. `app.outbox` alone writes this table.
+
+    Kept by the database: message_id unique; at most one of delivered_at and dead_at; attempts >= 0; partial index on
+    due_at where neither is set; index on account_id.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account_id = fields.UUIDField(null=True)
+    template = fields.CharField(max_length=64)
+    recipient_name = fields.CharField(max_length=200)
+    recipient_address = fields.CharField(max_length=254)
+    facts = fields.JSONField[dict[str, Any]]()
+    message_id = fields.CharField(max_length=255)
+    created_at = UtcDatetimeField()
+    due_at = UtcDatetimeField()
+    """When the next try may begin. A claim pushes it to the end of its lease."""
+    lease = fields.UUIDField(null=True)
+    attempts = fields.IntField(default=0)
+    delivered_at = UtcDatetimeField(null=True)
+    dead_at = UtcDatetimeField(null=True)
+    last_error = fields.TextField(null=True)
+
+    class Meta:
+        table = "outbox"
+
+
+class IdempotencyRecord(Model):
+    """The answer that a mutation gave, to give it again.
+
+    Kept by the database: (caller, mutation, key) unique; index on created_at.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    caller = fields.CharField(max_length=64)
+    """SHA-256 of issuer and subject."""
+    mutation = fields.CharField(max_length=64)
+    key = fields.CharField(max_length=255)
+    fingerprint = fields.CharField(max_length=64)
+    account_id = fields.UUIDField(null=True)
+    answer = fields.JSONField[dict[str, Any]]()
+    created_at = UtcDatetimeField()
+
+    class Meta:
+        table = "idempotency_record"

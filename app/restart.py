@@ -1,0 +1,147 @@
+"""Restarting a canceled account inside its retention window, and asking the billing team for it."""
+
+from typing import Any
+from uuid import UUID
+
+from app import accounts, db, errors, history, idempotency, lifecycle, outbox, people
+from app.accounts import AccountView
+from app.auth import Acting, Call, Installation, act_on
+from app.errors import Contact
+from app.lifecycle import MAX_NOTE_LENGTH, AccountStatus, Action, RequestStatus, TransitionType
+from app.messages import AccountRestarted, RestartRequested
+from app.models import Account, CancellationRequest, RestartRequest
+
+
+async def restart(call: Call, account_id: UUID | None, *, idempotency_key: str | None = None) -> AccountView:
+    """Bring a canceled account back: ACTIVE, without a deletion date, its members as they were. The cancellation,
+    its feedback and its history stay. Refuses with `RestartWindowClosed` when the window has ended."""
+    async with db.transaction():
+        acting = await act_on(call, account_id)
+        lifecycle.permit(Action.RESTART_ACCOUNT, acting.actor)
+        await idempotency.once(
+            call.identity,
+            "restartAccount",
+            idempotency_key,
+            {"account": account_id},
+            acting.account.id,
+            lambda: _restart(call.installation, acting),
+        )
+        account = await accounts.load(acting.account.id)
+    assert account is not None
+    return account
+
+
+async def _restart(installation: Installation, acting: Acting) -> dict[str, Any]:
+    lifecycle.check(Action.RESTART_ACCOUNT, acting.actor, acting.facts, acting.now)
+    account, now = acting.account, acting.now
+    changed = await Account.filter(
+        id=account.id, status=AccountStatus.CANCELED, restartable_until__gt=now, deletion_started_at__isnull=True
+    ).update(
+        status=AccountStatus.ACTIVE,
+        canceled_at=None,
+        restartable_until=None,
+        deletion_scheduled_for=None,
+        deletion_held_at=None,
+    )
+    assert changed == 1, f"account {account.id} moved under its lock"
+    request = await CancellationRequest.get(account_id=account.id, status=RequestStatus.EFFECTIVE)
+    await CancellationRequest.filter(id=request.id).update(status=RequestStatus.REVERTED, closed_at=now)
+    await history.append(
+        TransitionType.RESTARTED,
+        account_id=account.id,
+        status=AccountStatus.ACTIVE,
+        request_id=request.id,
+        actor=acting.actor,
+        now=now,
+        new_epoch=True,
+    )
+    await outbox.put(
+        [
+            outbox.Addressed(
+                name=recipient.contact.name,
+                address=recipient.contact.email,
+                email=AccountRestarted(
+                    account_name=account.name,
+                    plan_name=account.plan(installation.policy).name,
+                    restarted_at=now,
+                    billing_contact=installation.policy.billing_team,
+                ),
+            )
+            for recipient in await people.with_billing_permission(account.id)
+        ],
+        account_id=account.id,
+        now=now,
+        mail_domain=installation.mail_domain,
+    )
+    return {}
+
+
+async def request_restart(call: Call, *, note: str | None = None) -> AccountView:
+    """Ask the billing team to restart the account that the caller's emailed link is about. It restarts nothing.
+
+    Repeating it changes nothing: a cancellation has one restart request. The note has at most 2,000 characters.
+    """
+    grant = call.identity.grant
+    async with db.transaction():
+        acting = await act_on(call, grant.account_id if grant else None)
+        lifecycle.check(Action.REQUEST_RESTART, acting.actor, acting.facts, acting.now)
+        assert grant is not None
+        note = (note or "").strip() or None
+        if note is not None and len(note) > MAX_NOTE_LENGTH:
+            raise errors.InvalidInput(f"A note has at most {MAX_NOTE_LENGTH:,} characters.", field="note")
+        request = await CancellationRequest.get_or_none(
+            id=grant.request_id, account_id=acting.account.id, status=RequestStatus.EFFECTIVE
+        )
+        if request is None:  # Restarted and canceled again since the link was sent.
+            raise errors.RequestStateRefused(
+                "The link is about an earlier cancellation. Use the link in the newest email.",
+                request_id=grant.request_id,
+            )
+        if not await RestartRequest.filter(request_id=request.id).exists():
+            await _record_request(call.installation, acting, request.id, note)
+        account = await accounts.load(acting.account.id)
+    assert account is not None
+    return account
+
+
+async def _record_request(installation: Installation, acting: Acting, request_id: UUID, note: str | None) -> None:
+    account, member = acting.account, acting.caller.member
+    assert member is not None
+    assert account.restartable_until is not None
+    await RestartRequest.create(
+        id=db.uuid7(),
+        account_id=account.id,
+        request_id=request_id,
+        requested_by_id=member.id,
+        note=note,
+        requested_at=acting.now,
+    )
+    await history.append(
+        TransitionType.RESTART_REQUESTED,
+        account_id=account.id,
+        status=account.status,
+        request_id=request_id,
+        actor=acting.actor,
+        now=acting.now,
+    )
+    billing_team = installation.policy.billing_team
+    await outbox.put(
+        [
+            outbox.Addressed(
+                name=billing_team.name,
+                address=billing_team.email,
+                email=RestartRequested(
+                    account_name=account.name,
+                    plan_name=account.plan(installation.policy).name,
+                    account_reference=account.reference,
+                    requested_at=acting.now,
+                    requested_by=Contact(name=member.name, email=member.email),
+                    note=note or "",
+                    restartable_until=account.restartable_until,
+                ),
+            )
+        ],
+        account_id=account.id,
+        now=acting.now,
+        mail_domain=installation.mail_domain,
+    )
