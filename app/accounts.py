@@ -248,7 +248,7 @@ class AccountFilter:
 
     statuses: frozenset[AccountStatus] | None = None
     plan_codes: frozenset[str] | None = None
-    csm_id: UUID | None = None
+    csm_email: str | None = None
     request_statuses: frozenset[RequestStatus] | None = None
     deletion_from: datetime | None = None
     deletion_before: datetime | None = None
@@ -293,8 +293,8 @@ def _account_conditions(where: _Where, wanted: AccountFilter) -> None:
         where.add(where.one_of("a.status", sorted(wanted.statuses)))
     if wanted.plan_codes is not None:
         where.add(where.one_of("a.plan_code", sorted(wanted.plan_codes)))
-    if wanted.csm_id is not None:
-        where.add(f"a.csm_id = {where.arg(wanted.csm_id)}")
+    if wanted.csm_email is not None:
+        where.add(f"a.csm_id IN (SELECT id FROM staff WHERE email = {where.arg(wanted.csm_email)})")
     if wanted.deletion_from is not None:
         where.add(f"a.deletion_scheduled_for >= {where.arg(wanted.deletion_from)}")
     if wanted.deletion_before is not None:
@@ -324,7 +324,7 @@ def _account_conditions(where: _Where, wanted: AccountFilter) -> None:
 
 
 async def page(
-    wanted: AccountFilter, *, sort: AccountSort, descending: bool, after: tuple[Any, UUID] | None, limit: int
+    wanted: AccountFilter, *, sort: AccountSort, descending: bool, after: tuple[Any, ...] | None, limit: int
 ) -> list[AccountView]:
     """Up to `limit` accounts behind `after`, the (sort value, id) of the last one seen. One statement.
 
@@ -349,32 +349,23 @@ async def page(
 
 @dataclass(frozen=True, kw_only=True)
 class RequestFilter:
-    statuses: frozenset[RequestStatus] | None = None
+    statuses: frozenset[RequestStatus]
     csm_id: UUID | None = None
-    """Requests of accounts that name this Customer Success Manager."""
-    unassigned: bool | None = None
-    """With `csm_id`: also requests of accounts that name none."""
+    """Of accounts that name this Customer Success Manager, and of accounts that name none."""
 
 
-async def request_page(
-    wanted: RequestFilter, *, descending: bool, after: tuple[datetime, UUID] | None, limit: int
-) -> list[RequestView]:
-    """Up to `limit` requests of all accounts by the time they were made. One statement."""
+async def request_page(wanted: RequestFilter, *, after: tuple[Any, ...] | None, limit: int) -> list[RequestView]:
+    """Up to `limit` requests of all accounts, oldest first. One statement."""
     where = _Where()
-    if wanted.statuses is not None:
-        where.add(where.one_of("r.status", sorted(wanted.statuses)))
+    where.add(where.one_of("r.status", sorted(wanted.statuses)))
     if wanted.csm_id is not None:
-        mine = f"a.csm_id = {where.arg(wanted.csm_id)}"
-        where.add(f"({mine} OR a.csm_id IS NULL)" if wanted.unassigned else mine)
-    elif wanted.unassigned is not None:
-        where.add("a.csm_id IS NULL" if wanted.unassigned else "a.csm_id IS NOT NULL")
-    order, beyond = ("DESC", "<") if descending else ("ASC", ">")
+        where.add(f"(a.csm_id = {where.arg(wanted.csm_id)} OR a.csm_id IS NULL)")
     if after is not None:
-        where.add(f"(r.requested_at, r.id) {beyond} ({where.arg(after[0])}, {where.arg(after[1])})")
+        where.add(f"(r.requested_at, r.id) > ({where.arg(after[0])}, {where.arg(after[1])})")
     columns = ", ".join(f"r.{column}" for column in _REQUEST)
     rows = await db.fetch(
         f"SELECT {columns} FROM cancellation_request r JOIN account a ON a.id = r.account_id WHERE {where.sql()} "
-        f"ORDER BY r.requested_at {order}, r.id {order} LIMIT {int(limit)}",
+        f"ORDER BY r.requested_at, r.id LIMIT {int(limit)}",
         *where.args,
     )
     return [_request(row, "") for row in rows]
@@ -385,7 +376,7 @@ async def windows(
     columns: str,
     order: tuple[str, str],
     account_ids: Sequence[UUID],
-    after: tuple[Any, Any] | None,
+    after: tuple[Any, ...] | None,
     limit: int,
 ) -> dict[UUID, list[dict[str, Any]]]:
     """For each account up to `limit` rows of a table, largest `order` first, behind `after`. One statement for all."""
@@ -407,7 +398,7 @@ async def windows(
 
 
 async def request_history(
-    account_ids: Sequence[UUID], *, after: tuple[datetime, UUID] | None, limit: int
+    account_ids: Sequence[UUID], *, after: tuple[Any, ...] | None, limit: int
 ) -> dict[UUID, list[RequestView]]:
     """For each account up to `limit` requests, newest first, behind `after`."""
     found = await windows(
@@ -443,7 +434,7 @@ def _member(row: Mapping[str, Any]) -> MemberView:
 
 
 async def members_of(
-    account_ids: Sequence[UUID], *, after: tuple[datetime, UUID] | None, limit: int
+    account_ids: Sequence[UUID], *, after: tuple[Any, ...] | None, limit: int
 ) -> dict[UUID, list[MemberView]]:
     """For each account up to `limit` members, newest first, behind `after`."""
     found = await windows("member", _MEMBER, ("created_at", "id"), account_ids, after, limit)

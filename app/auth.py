@@ -198,10 +198,21 @@ async def identify(call: Call, account_id: UUID | None = None) -> Caller:
     accounts, or whose account asked about, are canceled. A link's bearer is let through to the one action that
     their link is for.
     """
+    caller = await _read(call, account_id)
+    if not caller.is_known:
+        raise errors.Forbidden(
+            "The token is valid, and nobody here goes by it: it belongs to no member, staff or service. "
+            "Ask an admin of your account to add you."
+        )
+    await _refuse_removed(call, caller)
+    return caller
+
+
+async def _read(call: Call, account_id: UUID | None) -> Caller:
     identity = call.identity
     row = await db.fetch_one(_IDENTIFY.format(now=db.now_sql()), identity.issuer, identity.subject, account_id)
     assert row is not None
-    caller = Caller(
+    return Caller(
         identity=identity,
         now=db.as_datetime(row["now"]),
         staff=_staff(row),
@@ -211,13 +222,12 @@ async def identify(call: Call, account_id: UUID | None = None) -> Caller:
         has_live_account=bool(row["has_live_account"]),
         account=accounts.view(row) if row["a_id"] is not None else None,
     )
-    if not caller.is_known:
-        raise errors.Forbidden(
-            "The token is valid, and nobody here goes by it: it belongs to no member, staff or service. "
-            "Ask an admin of your account to add you."
-        )
-    await _refuse_removed(call, caller)
-    return caller
+
+
+async def look(call: Call, account: AccountView) -> Caller:
+    """Who asks, beside an account that an action of theirs has just answered with. Refuses nothing: what a member
+    did to their own access does not hide the answer to it."""
+    return await _read(call, account.id)
 
 
 async def _refuse_removed(call: Call, caller: Caller) -> None:
@@ -257,7 +267,7 @@ def _access_removed(account: AccountView, policy: Policy) -> errors.AccessRemove
 
 
 def _text(value: datetime | None) -> str | None:
-    return value and value.strftime("%Y-%m-%dT%H:%M:%S.") + f"{value.microsecond // 1000:03d}Z"
+    return None if value is None else value.strftime("%Y-%m-%dT%H:%M:%S.") + f"{value.microsecond // 1000:03d}Z"
 
 
 def _staff(row: dict[str, Any]) -> StaffFacts | None:

@@ -91,10 +91,9 @@ async def _cancel(
 ) -> dict[str, Any]:
     step = lifecycle.cancel(acting.actor, acting.facts, acting.now)
     by_member = Relation.BILLING_MEMBER in acting.actor.relations
-    if not by_member:
-        note = _note(note)
-    elif note is not None:
+    if by_member and note is not None:
         raise errors.InvalidInput("A note is for staff; members give feedback with submitFeedback.", field="note")
+    note = None if by_member else _note(note)
     open_request = acting.account.request
     if open_request is not None and lifecycle.has_expired(open_request.facts(), acting.now):
         await _expire(acting.account, open_request, acting.now)
@@ -113,8 +112,8 @@ async def _cancel(
     return {"request": str(request.id), "generation": request.confirmation_generation if shows_token else None}
 
 
-def _note(note: str | None) -> str:
-    note = (note or "").strip()
+def _note(given: str | None) -> str:
+    note = (given or "").strip()
     if not 1 <= len(note) <= MAX_NOTE_LENGTH:
         raise errors.InvalidInput(
             f"Staff says why: a note of 1 to {MAX_NOTE_LENGTH} characters is needed.", field="note"
@@ -164,7 +163,8 @@ async def _advance(
         request.channel = acting.facts.channel
         request.plan_code = acting.account.plan_code
         request.assistance_requested_at = acting.now
-        request.confirmation_token_hash = request.confirmation_expires_at = None
+        request.confirmation_token_hash = None
+        request.confirmation_expires_at = None
         request.confirmation_generation += 1
         request.wrong_tries = 0
         kind = TransitionType.CANCELLATION_ASSISTANCE_REQUESTED

@@ -24,7 +24,7 @@ async def append(
     now: datetime,
     new_epoch: bool = False,
 ) -> None:
-    """Add a transition of an account that is then in `status`. `new_epoch`: a cancellation took effect, or a restart."""
+    """Add a transition; `status` is the account's after it. `new_epoch`: a cancellation took effect, or a restart."""
     row = await db.fetch_one(
         "UPDATE account SET last_sequence = last_sequence + 1, epoch = epoch + $2 WHERE id = $1 "
         "RETURNING last_sequence, epoch",

@@ -56,7 +56,7 @@ class Channel(StrEnum):
     ASSISTED = "ASSISTED"
 
 
-class Effective(StrEnum):
+class CancellationTiming(StrEnum):
     """When a confirmed cancellation takes effect."""
 
     IMMEDIATE = "IMMEDIATE"
@@ -213,7 +213,7 @@ class AccountFacts:
     name: str
     status: AccountStatus
     channel: Channel
-    effective: Effective
+    effective: CancellationTiming
     current_period_end: datetime | None
     restartable_until: datetime | None
     deletion_scheduled_for: datetime | None
@@ -275,7 +275,7 @@ _STATE_MESSAGES: Mapping[Phase, str] = {
     Phase.ACTIVE: "The account is active and has no open cancellation request.",
     Phase.ASSISTANCE_PENDING: "The cancellation request waits for the Customer Success Manager.",
     Phase.CONFIRMATION_PENDING: "The cancellation request waits for a member's confirmation.",
-    Phase.SCHEDULED: "The account's cancellation is confirmed and scheduled. It can be withdrawn until it takes effect.",
+    Phase.SCHEDULED: "The cancellation is confirmed and scheduled. It can be withdrawn until it takes effect.",
     Phase.CANCELED: "The account is canceled.",
     Phase.DELETING: "The account's data is being deleted; this cannot be undone. A new account must be set up.",
     Phase.DELETED: "The account's data has been deleted; this cannot be undone. A new account must be set up.",
@@ -428,7 +428,7 @@ class Confirmed:
 def confirm(account: AccountFacts, now: datetime) -> Confirmed:
     """When a cancellation confirmed now takes effect. A period that has ended, or none, means now."""
     period_end = account.current_period_end
-    if account.effective is Effective.PERIOD_END and period_end is not None and period_end > now:
+    if account.effective is CancellationTiming.PERIOD_END and period_end is not None and period_end > now:
         return Confirmed(effective_at=period_end, at_once=False)
     return Confirmed(effective_at=now, at_once=True)
 

@@ -16,15 +16,23 @@ from app.lifecycle import LinkPurpose
 
 
 @dataclass(frozen=True, kw_only=True)
-class Link:
-    """What an emailed link grants: one purpose, to one person, for one request of one account, until it expires."""
+class LinkGrant:
+    """The one thing that an emailed link lets its bearer do, while their permission lasts."""
 
     purpose: LinkPurpose
     issuer: str
+    """Of the person, not of the link."""
     subject: str
     account_id: UUID
     request_id: UUID
-    generation: int
+    generation: int = 0
+    """Which of the confirmation tokens that the request has had; a later one makes the earlier useless."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link(LinkGrant):
+    """A link as an email has it: what it grants, and for how long."""
+
     issued_at: datetime
     expires_at: datetime
 

@@ -46,7 +46,7 @@ async def make(
     templates = await suitable(policy, account, reason, now)
     if not templates:
         return
-    have = set(await Offer.filter(request_id=request_id).values_list("code", flat=True))
+    have = {offer.code for offer in await Offer.filter(request_id=request_id).only("code")}
     await Offer.bulk_create(
         [
             Offer(
@@ -65,17 +65,23 @@ async def make(
     )
 
 
-async def accept(call: Call, offer_id: UUID | None, *, idempotency_key: str | None = None) -> OfferView:
+async def accept(
+    call: Call, offer_id: UUID | None, *, idempotency_key: str | None = None
+) -> tuple[OfferView, AccountView]:
     """Take the offer instead of canceling: the request is SAVED, and the billing team is asked to carry it out."""
     return await _answer(call, offer_id, Action.ACCEPT_OFFER, idempotency_key)
 
 
-async def decline(call: Call, offer_id: UUID | None, *, idempotency_key: str | None = None) -> OfferView:
+async def decline(
+    call: Call, offer_id: UUID | None, *, idempotency_key: str | None = None
+) -> tuple[OfferView, AccountView]:
     """Record that the offer is not wanted. Nothing else changes; nobody has to."""
     return await _answer(call, offer_id, Action.DECLINE_OFFER, idempotency_key)
 
 
-async def _answer(call: Call, offer_id: UUID | None, action: Action, idempotency_key: str | None) -> OfferView:
+async def _answer(
+    call: Call, offer_id: UUID | None, action: Action, idempotency_key: str | None
+) -> tuple[OfferView, AccountView]:
     found = None if offer_id is None else await accounts.load_offer(offer_id)
     async with db.transaction():
         acting = await act_on(call, found.account_id if found else None, what="offer")
@@ -90,8 +96,10 @@ async def _answer(call: Call, offer_id: UUID | None, action: Action, idempotency
             lambda: _settle(call.installation, acting, found.id, action),
         )
         offer = await accounts.load_offer(found.id)
+        account = await accounts.load(found.account_id)
     assert offer is not None
-    return offer
+    assert account is not None
+    return offer, account
 
 
 async def _settle(installation: Installation, acting: Acting, offer_id: UUID, action: Action) -> dict[str, Any]:

@@ -150,7 +150,7 @@ async def _settle(message: Claimed, assignments: str, *args: Any) -> bool:
 def backoff(attempt: int) -> timedelta:
     """The wait after that many failed tries: doubling from ten seconds to eight hours, half of it at random, so
     that what failed together does not come back together."""
-    longest = min(_FIRST_WAIT * 2 ** min(attempt - 1, 20), _LONGEST_WAIT)
+    longest: timedelta = min(_FIRST_WAIT * 2 ** min(attempt - 1, 20), _LONGEST_WAIT)
     return longest * (0.5 + random.random() / 2)  # noqa: S311  spreads load; not a secret
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from app.errors import Contact
-from app.lifecycle import Channel, Effective, FeedbackReason, OfferKind
+from app.lifecycle import CancellationTiming, Channel, FeedbackReason, OfferKind
 
 DEFAULT_FILE = Path(__file__).with_name("policy.toml")
 
@@ -32,7 +32,7 @@ class Plan:
     code: str
     name: str
     channel: Channel
-    effective: Effective
+    effective: CancellationTiming
     retention: timedelta
 
 
@@ -165,7 +165,7 @@ def _plan(table: _Table) -> Plan:
             code=table.text("code", 64),
             name=table.text("name"),
             channel=table.choice("channel", Channel),
-            effective=table.choice("effective", Effective),
+            effective=table.choice("effective", CancellationTiming),
             retention=table.hours("retention_hours", low=24),
         )
     )

@@ -129,6 +129,8 @@ def check(item: AccountItem, policy: Policy, member_issuer: str) -> None:
     end = item.current_period_end
     if end is not None and end.utcoffset() is None:
         raise errors.InvalidInput("A time needs its zone, best UTC: 2027-01-31T00:00:00Z.", field="currentPeriodEnd")
+    if end is not None and not 2000 <= end.year <= 9000:  # at the calendar's ends, other zones have no date
+        raise errors.InvalidInput(f"The year {end.year} cannot be meant.", field="currentPeriodEnd")
     if item.csm_email is not None:
         _email(item.csm_email, "csmEmail")
     members = item.members or ()
@@ -168,11 +170,13 @@ async def sync(installation: Installation, items: Sequence[AccountItem], *, dry_
     `dry_run` does everything and rolls back. Raises `InvalidInput` for a batch that is too large.
     """
     if len(items) > MAX_ITEMS:
-        raise errors.InvalidInput(f"A batch has up to {MAX_ITEMS} items; this one has {len(items):,}.", field="items")
+        raise errors.InvalidInput(
+            f"A batch has up to {MAX_ITEMS} items; this one has {len(items):,}.", field="accounts"
+        )
     members = sum(len(item.members or ()) for item in items)
     if members > MAX_BATCH_MEMBERS:
         raise errors.InvalidInput(
-            f"A batch has up to {MAX_BATCH_MEMBERS:,} members; this one has {members:,}. Split it.", field="items"
+            f"A batch has up to {MAX_BATCH_MEMBERS:,} members; this one has {members:,}. Split it.", field="accounts"
         )
     batch = _Batch(installation, items)
     try:
@@ -225,7 +229,7 @@ class _Batch:
             try:
                 check(item, self._policy, self._member_issuer)
                 if len(places[item.reference]) > 1:
-                    where = " and ".join(f"items[{place}]" for place in places[item.reference])
+                    where = " and ".join(f"accounts[{place}]" for place in places[item.reference])
                     raise errors.InvalidInput(f"The reference stands in {where}; which one holds?", field="reference")
                 if item.csm_email is not None and item.csm_email.lower() not in managers:
                     raise errors.InvalidInput(
@@ -394,11 +398,13 @@ def _rowset(*, parameter: str = "$1", **columns: str) -> str:
 
 def _json(rows: list[dict[str, Any]]) -> str:
     """Rows in the one form that both engines' columns read alike: SQLite keeps times as this text."""
-    return orjson.dumps(rows, default=_time, option=orjson.OPT_PASSTHROUGH_DATETIME).decode()
+    return orjson.dumps(rows, default=_plain, option=orjson.OPT_PASSTHROUGH_DATETIME).decode()
 
 
-def _time(value: datetime) -> str:
-    return value.astimezone(UTC).isoformat(sep=" ", timespec="microseconds")
+def _plain(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(sep=" ", timespec="microseconds")
+    return str(value)  # asyncpg's own kind of UUID, which orjson does not take for one
 
 
 def _milliseconds(value: datetime | None) -> datetime | None:

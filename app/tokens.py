@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, Protocol, cast, get_args
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -36,6 +36,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from app.errors import Unauthenticated, Unavailable
+from app.lifecycle import LinkPurpose
+from app.messages import LinkGrant
 from app.settings import Settings, SettingsError, is_loopback
 
 DEVELOPMENT_ISSUER: Final = "urn:sunset:development"
@@ -55,26 +57,11 @@ _CACHED_TOKENS: Final = 10_000
 _RECHECK_SECONDS: Final = 600
 """A remembered token is checked again after this time, so that a key that its provider withdrew stops counting."""
 
-Purpose = Literal["confirm", "feedback", "restart"]
-_LINK_AUDIENCES: Final[Mapping[str, Purpose]] = {f"urn:sunset:link:{purpose}": purpose for purpose in get_args(Purpose)}
+_LINK_AUDIENCES: Final = {f"urn:sunset:link:{purpose}": purpose for purpose in LinkPurpose}
 
 _PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 
 _log = structlog.stdlib.get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkGrant:
-    """The one thing that an emailed link lets its bearer do, while their permission lasts."""
-
-    purpose: Purpose
-    issuer: str
-    """Of the person, not of the link."""
-    subject: str
-    account_id: UUID
-    request_id: UUID
-    generation: int = 0
-    """Which of the confirmation tokens that the request has had; a later one makes the earlier useless."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +305,7 @@ class _Issuer:
     async def verified_claims(self, raw: str, header: Mapping[str, Any]) -> dict[str, Any]:
         """The claims, once signature and audience are proven. That `iss` is this issuer is how the caller got here."""
         algorithm, key_id = header.get("alg"), header.get("kid")
-        if algorithm not in _ALGORITHMS or not isinstance(key_id, str | None):
+        if not (isinstance(algorithm, str) and algorithm in _ALGORITHMS and isinstance(key_id, str | None)):
             raise Unauthenticated("The token's algorithm is not accepted.")
         key = await self.keys.find(algorithm, key_id)
         if key is None:
@@ -516,7 +503,7 @@ def _usable_key(entry: Mapping[str, Any]) -> _ProviderKey | None:
     key_id, algorithm, operations = entry.get("kid"), entry.get("alg"), entry.get("key_ops", ["verify"])
     if entry.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
         return None
-    if not isinstance(key_id, str | None) or not (algorithm is None or algorithm in _ALGORITHMS):
+    if not isinstance(key_id, str | None) or not isinstance(algorithm, str | None):
         return None
     # The public members alone: a private key published by mistake is not loaded, a symmetric one cannot be.
     public = {name: entry[name] for name in ("kty", "n", "e", "crv", "x", "y") if name in entry}
@@ -528,4 +515,4 @@ def _usable_key(entry: Mapping[str, Any]) -> _ProviderKey | None:
         return None
     if not isinstance(key, RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey):
         return None
-    return _ProviderKey(key_id=key_id, algorithm=cast("str | None", algorithm), public=key)
+    return _ProviderKey(key_id=key_id, algorithm=algorithm, public=key)

@@ -19,7 +19,6 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import asyncpg
-
 from app.db import Database
 from app.db.migrate import migrate
 
@@ -31,7 +30,7 @@ class PostgresServer:
 
     def __init__(self) -> None:
         self._directory: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[Any] | None = None
         self._template: str | None = None
         given = os.environ.get("TEST_POSTGRES_URL")
         self.can_restart = given is None
@@ -54,14 +53,19 @@ class PostgresServer:
             self._as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         self._binaries = self._reachable(_binaries(), directory)
         self._admin_url = f"postgresql://sunset@/postgres?host={directory}&port=5432"
-        subprocess.run(
-            [self._binaries / "initdb", "--no-sync", "--no-locale", "-E", "UTF8", "-A", "trust", "-U", "sunset"]
-            + ["-D", directory / "data"],
-            check=True,
-            capture_output=True,
-            cwd=directory,
-            **self._as_user,
-        )
+        options = [
+            "--no-sync",
+            "--no-locale",
+            "-E",
+            "UTF8",
+            "-A",
+            "trust",
+            "-U",
+            "sunset",
+            "-D",
+            str(directory / "data"),
+        ]
+        subprocess.run([self._binaries / "initdb", *options], check=True, capture_output=True, cwd="/", **self._as_user)
 
     def _reachable(self, binaries: Path, directory: Path) -> Path:
         """The binaries, copied if the unprivileged user cannot run them where they are."""
@@ -83,19 +87,19 @@ class PostgresServer:
             "full_page_writes": "off",
             "timezone": "America/New_York",  # a zone with summer time: the application must not depend on it
         }
-        log = (self._directory / "log").open("ab")
-        with log:
-            self._process = subprocess.Popen(
-                [self._binaries / "postgres", "-D", self._directory / "data"]
-                + [part for name, value in settings.items() for part in ("-c", f"{name}={value}")],
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        with (self._directory / "log").open("ab") as log:
+            process = subprocess.Popen(
+                [self._binaries / "postgres", "-D", self._directory / "data", *options],
                 stdout=log,
                 stderr=log,
-                cwd=self._directory,
+                cwd="/",
                 **self._as_user,
             )
+        self._process = process
         deadline = time.monotonic() + _START_SECONDS
         while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"PostgreSQL did not start:\n{(self._directory / 'log').read_text()[-2000:]}")
             time.sleep(0.02)
 

@@ -1,9 +1,9 @@
-"""What resolvers see as `info.context`: the call, and loaders that keep nested lists at a constant number of queries."""
+"""What resolvers see as `info.context`: the call, and loaders: nested lists cost a constant number of queries."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import strawberry
@@ -16,7 +16,7 @@ from app.history import TransitionView
 from app.policy import Policy
 
 V = TypeVar("V")
-Slice = tuple[UUID, tuple[datetime | int, UUID] | None, int]
+Slice = tuple[UUID, tuple[Any, ...] | None, int]
 """An account, the position that its page begins behind, and the page's length."""
 
 

@@ -16,13 +16,14 @@ class SortDirection(StrEnum):
     DESC = "DESC"
 
 
-def _describe(kind: type[Enum], name: str, about: str, values: Mapping[Enum, str]) -> None:
+def describe_enum(kind: type[Enum], name: str, about: str, values: Mapping[Enum, str]) -> None:
+    """Make an enum part of the API, with words for each of its values."""
     strawberry.enum(kind, name=name, description=about)
     for value in kind.__strawberry_definition__.values:  # type: ignore[attr-defined]
         value.description = values[kind[value.name]]
 
 
-_describe(
+describe_enum(
     lifecycle.AccountStatus,
     "AccountStatus",
     "Where an account is in its life.",
@@ -39,7 +40,7 @@ _describe(
         lifecycle.AccountStatus.DELETED: "Its data is gone.",
     },
 )
-_describe(
+describe_enum(
     lifecycle.RequestStatus,
     "CancellationRequestStatus",
     "Where one attempt to cancel is.",
@@ -54,7 +55,7 @@ _describe(
         lifecycle.RequestStatus.EXPIRED: "Not confirmed in time.",
     },
 )
-_describe(
+describe_enum(
     lifecycle.Channel,
     "CancellationChannel",
     "How a plan is canceled.",
@@ -63,16 +64,16 @@ _describe(
         lifecycle.Channel.ASSISTED: "A member asks, a Customer Success Manager opens it, a member confirms.",
     },
 )
-_describe(
-    lifecycle.Effective,
+describe_enum(
+    lifecycle.CancellationTiming,
     "CancellationTiming",
     "When a confirmed cancellation takes effect.",
     {
-        lifecycle.Effective.IMMEDIATE: "With the confirmation.",
-        lifecycle.Effective.PERIOD_END: "At the end of the paid period; at once where there is none.",
+        lifecycle.CancellationTiming.IMMEDIATE: "With the confirmation.",
+        lifecycle.CancellationTiming.PERIOD_END: "At the end of the paid period; at once where there is none.",
     },
 )
-_describe(
+describe_enum(
     lifecycle.MemberRole,
     "MemberRole",
     "A member's role in one account.",
@@ -81,23 +82,25 @@ _describe(
         lifecycle.MemberRole.MEMBER: "Has the permissions that were granted.",
     },
 )
-_describe(
+describe_enum(
     lifecycle.Permission,
     "MemberPermission",
     "What can be granted to a member.",
     {lifecycle.Permission.ACCESS_BILLING_AND_ACCOUNT_INFO: 'Shown to people as "Access billing & account info".'},
 )
-_describe(
+describe_enum(
     lifecycle.StaffRole,
     "StaffRole",
     "The role of a person of the company that runs the service.",
     {
         lifecycle.StaffRole.BILLING_TEAM: "Restarts accounts, and opens cancellations.",
-        lifecycle.StaffRole.CUSTOMER_SUCCESS_MANAGER: "Opens cancellations of their accounts, and of those without one.",
+        lifecycle.StaffRole.CUSTOMER_SUCCESS_MANAGER: (
+            "Opens cancellations of their accounts, and of those that name none."
+        ),
         lifecycle.StaffRole.SUPPORT: "Reads.",
     },
 )
-_describe(
+describe_enum(
     lifecycle.Scope,
     "ServiceScope",
     "What another system may do.",
@@ -107,7 +110,7 @@ _describe(
         lifecycle.Scope.DELETION: "Take part in deletions.",
     },
 )
-_describe(
+describe_enum(
     lifecycle.FeedbackReason,
     "FeedbackReason",
     "Why a customer cancels. What is shown to people is in `feedbackReasons`.",
@@ -122,7 +125,7 @@ _describe(
         lifecycle.FeedbackReason.OTHER: "Something else.",
     },
 )
-_describe(
+describe_enum(
     lifecycle.OfferKind,
     "OfferKind",
     "What kind of alternative an offer is.",
@@ -135,7 +138,7 @@ _describe(
         lifecycle.OfferKind.CUSTOM: "Something else; see its description.",
     },
 )
-_describe(
+describe_enum(
     lifecycle.OfferStatus,
     "OfferStatus",
     "Whether an offer was answered.",
@@ -145,7 +148,7 @@ _describe(
         lifecycle.OfferStatus.DECLINED: "Declined.",
     },
 )
-_describe(
+describe_enum(
     lifecycle.ActorKind,
     "ActorKind",
     "What kind of actor did something.",
@@ -156,7 +159,7 @@ _describe(
         lifecycle.ActorKind.SYSTEM: "Sunset itself, when something was due.",
     },
 )
-_describe(
+describe_enum(
     lifecycle.Action,
     "AccountAction",
     "What can be done about an account's cancellation; each is the mutation of that name.",
@@ -171,7 +174,7 @@ _describe(
         lifecycle.Action.REQUEST_RESTART: "`requestRestart`",
     },
 )
-_describe(
+describe_enum(
     lifecycle.TransitionType,
     "TransitionType",
     "What happened to an account.",
@@ -189,7 +192,7 @@ _describe(
         lifecycle.TransitionType.RESTARTED: "The account was restarted.",
     },
 )
-_describe(
+describe_enum(
     accounts.AccountSort,
     "AccountSortField",
     "What a list of accounts can be sorted by.",
@@ -199,7 +202,7 @@ _describe(
         accounts.AccountSort.DELETION_SCHEDULED_FOR: "Deletion date; accounts that have none are left out.",
     },
 )
-_describe(
+describe_enum(
     SortDirection,
     "SortDirection",
     "Which end comes first.",

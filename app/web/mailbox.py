@@ -118,8 +118,13 @@ def _entry(file: Path) -> _Entry:
         headers = BytesHeaderParser(policy=default).parse(stream)
     return _Entry(
         name=file.name,
-        subject=str(headers["Subject"] or "(no subject)"),
-        sender=str(headers["From"] or ""),
-        recipient=str(headers["To"] or ""),
+        subject=_text(headers["Subject"]) or "(no subject)",
+        sender=_text(headers["From"]),
+        recipient=_text(headers["To"]),
         date=getattr(headers["Date"], "datetime", None),
     )
+
+
+def _text(header: object) -> str:
+    """The parser leaves UTF-8 in a header, as an internationalized address has it, as single undecoded bytes."""
+    return str(header or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tortoise.connection import get_connection
-from tortoise.utils import generate_schema_for_client
-
 from app import db
 from app.db import Database, IntegrityError
 from app.db.migrations import m0001_initial
+from tortoise.connection import get_connection
+from tortoise.utils import generate_schema_for_client
+
 from tests.postgres import PostgresServer
 
 
@@ -136,6 +136,14 @@ def record(**columns: object) -> str:
     )
 
 
+def change_request(columns: str, one: str = REQUEST) -> str:
+    return f"UPDATE cancellation_request SET {columns} WHERE id = {one}"
+
+
+def change_account(columns: str, one: str) -> str:
+    return f"UPDATE account SET {columns} WHERE id = {one}"
+
+
 EFFECTIVE_COLUMNS = {
     "status": "'EFFECTIVE'",
     "confirmed_at": day(1),
@@ -151,7 +159,7 @@ WORLD = [
     account(id=ACTIVE, reference="'active'"),
     account(id=EMPTY, reference="'empty'"),
     account(id=SCHEDULED, reference="'scheduled'"),
-    f"UPDATE account SET status = 'CANCELLATION_SCHEDULED', cancellation_effective_at = {day(9)} WHERE id = {SCHEDULED}",
+    change_account(f"status = 'CANCELLATION_SCHEDULED', cancellation_effective_at = {day(9)}", SCHEDULED),
     *(account(id=one, reference=f"'{number}'") for number, one in enumerate((CANCELED, HELD, DELETING, DELETED))),
     f"UPDATE account SET status = 'CANCELED', {CANCELED_DATES} WHERE id IN ({CANCELED}, {HELD}, {DELETING}, {DELETED})",
     f"UPDATE account SET deletion_held_at = {day(2)}, deletion_scheduled_for = NULL WHERE id = {HELD}",
@@ -174,14 +182,6 @@ WORLD = [
     record(id=RECORD, key="'k'"),
 ]
 """Statements that every one of which keeps the rules; the tests below begin after them."""
-
-
-def change_request(columns: str, one: str = REQUEST) -> str:
-    return f"UPDATE cancellation_request SET {columns} WHERE id = {one}"
-
-
-def change_account(columns: str, one: str) -> str:
-    return f"UPDATE account SET {columns} WHERE id = {one}"
 
 
 class Attempt(NamedTuple):
@@ -356,8 +356,7 @@ async def test_allowed_ways_stay_open(world: Database) -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        f"REPLACE INTO transition SELECT id, account_id, sequence, 9, type, request_id, actor_kind, actor_id, "
-        f"account_status, occurred_at FROM transition WHERE id = {TRANSITION}",
+        transition(id=TRANSITION).replace("INSERT", "REPLACE", 1),
         transition(sequence=1).replace("INSERT", "INSERT OR REPLACE", 1),
         feedback(id=FEEDBACK, reason="'UNUSED'").replace("INSERT", "INSERT OR REPLACE", 1),
     ],

@@ -1,0 +1,529 @@
+"""What can be done. Thin: read the input, call the action, show what came of it; refusals are mapped in `refusals`."""
+
+from datetime import datetime
+from typing import Annotated
+
+import strawberry
+
+from app import accounts, auth, cancellation, feedback, offers, provisioning, restart
+from app.accounts import AccountView
+from app.graphql import nodes
+from app.graphql.access import Access, root
+from app.graphql.context import Info
+from app.graphql.enums import describe_enum
+from app.graphql.nodes import Kind
+from app.graphql.refusals import (
+    AccountNameMismatchError,
+    AccountStateError,
+    AssistedPlanError,
+    CancellationAlreadyRequestedError,
+    ConfirmationExpiredError,
+    ConfirmationTokenInvalidError,
+    IdempotencyConflictError,
+    InvalidInputError,
+    NotFoundError,
+    OfferUnavailableError,
+    PermissionDeniedError,
+    RequestStateError,
+    RestartWindowClosedError,
+)
+from app.graphql.types import (
+    Account,
+    CancellationPreview,
+    CancellationRequest,
+    Contact,
+    Feedback,
+    Offer,
+    Perspective,
+    describe,
+)
+from app.lifecycle import FeedbackReason, MemberRole, Permission, RequestStatus, Scope
+from app.provisioning import AccountItem, MemberItem, Outcome
+
+_KEY = (
+    "Of the client's choosing, 1 to 255 characters: the same key with the same input has one effect and gives the same "
+    "answer."
+)
+
+
+async def _shown(info: Info, view: AccountView) -> Account:
+    """The account after the action, through the caller's eyes."""
+    caller = await auth.look(info.context.call, view)
+    return Account.of(view, Perspective.of(caller, info.context.policy))
+
+
+async def _request(account: Account, request_id: str) -> CancellationRequest:
+    key = nodes.decode_as(Kind.CANCELLATION_REQUEST, request_id)
+    view = None if key is None else await accounts.load_request(key)
+    assert view is not None, "the request was there a moment ago, and requests are never deleted"
+    return CancellationRequest.of(view, account._eye)
+
+
+# -------------------------------------------------------------------------------------------------- cancelAccount
+
+
+@strawberry.input(description="Asks to cancel an account.")
+class CancelAccountInput:
+    account_id: strawberry.ID = describe("The account.")
+    reason: FeedbackReason | None = strawberry.field(
+        default=None, description="Chooses which alternatives are offered; feedback is given with `submitFeedback`."
+    )
+    note: str | None = strawberry.field(
+        default=None, description="Why, at most 2,000 characters. Required of staff, refused from members."
+    )
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The cancellation waits for a member's confirmation.")
+class CancelAccountSuccess:
+    account: Account = describe("The account.")
+    request: CancellationRequest = describe("The open request, with what is offered instead.")
+    confirmation_token: str | None = describe(
+        "What `confirmCancellation` wants, from this member or another with the permission. Null for staff, who never "
+        "confirms: the members got a link by email."
+    )
+    preview: CancellationPreview = describe("What confirming would do.")
+
+
+@strawberry.type(description="The Customer Success Manager was asked, and will be in touch.")
+class CancellationAssistanceRequested:
+    account: Account = describe("The account.")
+    request: CancellationRequest = describe("The open request.")
+    customer_success_manager: Contact = describe("Who will be in touch.")
+    received_at: datetime = describe("When the request was received.")
+    respond_by: datetime = describe("Until when they answer.")
+
+
+CancelAccountResult = Annotated[
+    CancelAccountSuccess
+    | CancellationAssistanceRequested
+    | NotFoundError
+    | PermissionDeniedError
+    | AccountStateError
+    | CancellationAlreadyRequestedError
+    | InvalidInputError
+    | IdempotencyConflictError,
+    strawberry.union("CancelAccountResult", description="What came of `cancelAccount`."),
+]
+
+# ------------------------------------------------------------------------------------------------- submitFeedback
+
+
+@strawberry.input(description="Says why.")
+class SubmitFeedbackInput:
+    request_id: strawberry.ID = describe("The cancellation request.")
+    reason: FeedbackReason = describe("The reason.")
+    comment: str | None = strawberry.field(default=None, description="In one's own words, at most 5,000 characters.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The feedback is kept.")
+class SubmitFeedbackSuccess:
+    feedback: Feedback = describe("What was said.")
+    offers: list[Offer] = describe("The request's offers, with those that the reason brought.")
+
+
+SubmitFeedbackResult = Annotated[
+    SubmitFeedbackSuccess
+    | NotFoundError
+    | PermissionDeniedError
+    | AccountStateError
+    | InvalidInputError
+    | IdempotencyConflictError,
+    strawberry.union("SubmitFeedbackResult", description="What came of `submitFeedback`."),
+]
+
+# --------------------------------------------------------------------------------------- acceptOffer, declineOffer
+
+
+@strawberry.input(description="Accepts an alternative instead of canceling.")
+class AcceptOfferInput:
+    offer_id: strawberry.ID = describe("The offer.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The request is SAVED, and the billing team carries the offer out.")
+class AcceptOfferSuccess:
+    offer: Offer = describe("The accepted offer.")
+    account: Account = describe("The account, which stays active.")
+
+
+AcceptOfferResult = Annotated[
+    AcceptOfferSuccess
+    | NotFoundError
+    | PermissionDeniedError
+    | AccountStateError
+    | RequestStateError
+    | OfferUnavailableError
+    | InvalidInputError
+    | IdempotencyConflictError,
+    strawberry.union("AcceptOfferResult", description="What came of `acceptOffer`."),
+]
+
+
+@strawberry.input(description="Declines an alternative. Nobody has to.")
+class DeclineOfferInput:
+    offer_id: strawberry.ID = describe("The offer.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The answer is recorded; nothing else changes.")
+class DeclineOfferSuccess:
+    offer: Offer = describe("The declined offer.")
+    account: Account = describe("The account.")
+
+
+DeclineOfferResult = Annotated[
+    DeclineOfferSuccess
+    | NotFoundError
+    | PermissionDeniedError
+    | AccountStateError
+    | RequestStateError
+    | OfferUnavailableError
+    | InvalidInputError
+    | IdempotencyConflictError,
+    strawberry.union("DeclineOfferResult", description="What came of `declineOffer`."),
+]
+
+# ------------------------------------------------------------------------------------------- withdrawCancellation
+
+
+@strawberry.input(description="Takes an open or scheduled cancellation back.")
+class WithdrawCancellationInput:
+    account_id: strawberry.ID = describe("The account.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The cancellation is withdrawn.")
+class WithdrawCancellationSuccess:
+    account: Account = describe("The account, which stays active.")
+
+
+WithdrawCancellationResult = Annotated[
+    WithdrawCancellationSuccess
+    | NotFoundError
+    | PermissionDeniedError
+    | AccountStateError
+    | InvalidInputError
+    | IdempotencyConflictError,
+    strawberry.union("WithdrawCancellationResult", description="What came of `withdrawCancellation`."),
+]
+
+# -------------------------------------------------------------------------------------------- confirmCancellation
+
+
+@strawberry.input(description="Confirms a cancellation.")
+class ConfirmCancellationInput:
+    request_id: strawberry.ID = describe("The cancellation request.")
+    confirmation_token: str | None = strawberry.field(
+        default=None,
+        description="From `cancelAccount`. Left out only where the bearer token is that of an emailed link, which "
+        "carries it.",
+    )
+    account_name: str = describe("The account's name, typed by the member.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(
+    description="The cancellation is confirmed. Unless it is scheduled, messages have stopped and every member's "
+    "access is removed: this answer is the last that the caller gets about the account."
+)
+class ConfirmCancellationSuccess:
+    account: Account = describe("The account.")
+    request: CancellationRequest = describe("The confirmed request.")
+
+
+ConfirmCancellationResult = Annotated[
+    ConfirmCancellationSuccess
+    | NotFoundError
+    | PermissionDeniedError
+    | AccountStateError
+    | RequestStateError
+    | AssistedPlanError
+    | ConfirmationTokenInvalidError
+    | ConfirmationExpiredError
+    | AccountNameMismatchError
+    | InvalidInputError
+    | IdempotencyConflictError,
+    strawberry.union("ConfirmCancellationResult", description="What came of `confirmCancellation`."),
+]
+
+# ------------------------------------------------------------------------------------------------- restartAccount
+
+
+@strawberry.input(description="Restarts a canceled account.")
+class RestartAccountInput:
+    account_id: strawberry.ID = describe("The account.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The account is active again, its members as they were.")
+class RestartAccountSuccess:
+    account: Account = describe("The account.")
+
+
+RestartAccountResult = Annotated[
+    RestartAccountSuccess
+    | NotFoundError
+    | PermissionDeniedError
+    | AccountStateError
+    | RestartWindowClosedError
+    | InvalidInputError
+    | IdempotencyConflictError,
+    strawberry.union("RestartAccountResult", description="What came of `restartAccount`."),
+]
+
+# ------------------------------------------------------------------------------------------------- requestRestart
+
+
+@strawberry.input(description="Asks the billing team to restart the account that the emailed link is about.")
+class RequestRestartInput:
+    note: str | None = strawberry.field(default=None, description="For the billing team, at most 2,000 characters.")
+
+
+@strawberry.type(description="The billing team knows. Nothing is restarted yet.")
+class RequestRestartSuccess:
+    account_name: str = describe("The account's name.")
+    restartable_until: datetime | None = describe("Until when they can restart it.")
+    contact: Contact = describe("The billing team.")
+
+
+RequestRestartResult = Annotated[
+    RequestRestartSuccess
+    | NotFoundError
+    | PermissionDeniedError
+    | AccountStateError
+    | RequestStateError
+    | RestartWindowClosedError
+    | InvalidInputError,
+    strawberry.union("RequestRestartResult", description="What came of `requestRestart`."),
+]
+
+# --------------------------------------------------------------------------------------------------- syncAccounts
+
+describe_enum(
+    Outcome,
+    "SyncOutcome",
+    "What became of one account of a batch.",
+    {
+        Outcome.CREATED: "It is new.",
+        Outcome.UPDATED: "Something changed.",
+        Outcome.UNCHANGED: "It was so already.",
+        Outcome.REFUSED: "It was not accepted; nothing of it changed.",
+    },
+)
+
+
+@strawberry.input(description="A member, as the host knows them.")
+class MemberSyncInput:
+    subject: str = describe("The `sub` of their tokens.")
+    issuer: str | None = strawberry.field(
+        default=None, description="The `iss` of their tokens; left out: the installation's usual issuer."
+    )
+    email: str = describe("Their address.")
+    name: str = describe("Their name.")
+    role: MemberRole = describe("Their role.")
+    permissions: list[Permission] | None = strawberry.field(default=None, description="What is granted to them.")
+
+
+@strawberry.input(description="An account, as the host knows it: the whole of it.")
+class AccountSyncInput:
+    reference: str = describe("The host's own name for the account; never changes.")
+    name: str = describe("Its name.")
+    plan_code: str = describe("Its plan.")
+    current_period_end: datetime | None = strawberry.field(default=None, description="When the paid period ends.")
+    csm_email: str | None = strawberry.field(
+        default=None, description="The address of its Customer Success Manager, who is staff."
+    )
+    members: list[MemberSyncInput] | None = strawberry.field(
+        default=None, description="All of its members: who is not listed is removed. Left out: they stay as they are."
+    )
+
+
+@strawberry.input(description="A batch of accounts.")
+class SyncAccountsInput:
+    accounts: list[AccountSyncInput] = describe("Up to 500, with up to 10,000 members together.")
+
+
+@strawberry.type(description="What became of one account.")
+class SyncedAccount:
+    reference: str = describe("As given.")
+    outcome: Outcome = describe("What became of it.")
+    account_id: strawberry.ID | None = describe("The account's id; null when refused.")
+    error: InvalidInputError | None = describe("Why it was refused; null when it was not.")
+
+
+@strawberry.type(description="Each account was answered by itself.")
+class SyncAccountsSuccess:
+    results: list[SyncedAccount] = describe("In the order given.")
+
+
+SyncAccountsResult = Annotated[
+    SyncAccountsSuccess | PermissionDeniedError | InvalidInputError,
+    strawberry.union("SyncAccountsResult", description="What came of `syncAccounts`."),
+]
+
+
+def _item(given: AccountSyncInput) -> AccountItem:
+    return AccountItem(
+        reference=given.reference,
+        name=given.name,
+        plan_code=given.plan_code,
+        current_period_end=given.current_period_end,
+        csm_email=given.csm_email,
+        members=None
+        if given.members is None
+        else [
+            MemberItem(
+                subject=member.subject,
+                issuer=member.issuer,
+                email=member.email,
+                name=member.name,
+                role=member.role,
+                permissions=frozenset(member.permissions or ()),
+            )
+            for member in given.members
+        ],
+    )
+
+
+@strawberry.type(name="Mutation", description="What can be done. Every field says whom it is for.")
+class Mutation:
+    @root(
+        Access.ACTION,
+        "Ask to cancel an account. On a SELF_SERVE plan the answer has the token to confirm with; on an ASSISTED plan "
+        "the Customer Success Manager is asked. Staff opens the request this way, and the members are asked to confirm "
+        "by email. Repeating it returns the caller's open request.",
+    )
+    async def cancel_account(self, info: Info, input: CancelAccountInput) -> CancelAccountResult | None:
+        done = await cancellation.cancel(
+            info.context.call,
+            nodes.decode_as(Kind.ACCOUNT, input.account_id),
+            reason=input.reason,
+            note=input.note,
+            idempotency_key=input.idempotency_key,
+        )
+        account = await _shown(info, done.account)
+        request = await _request(account, nodes.encode(Kind.CANCELLATION_REQUEST, done.request_id))
+        if request.status is RequestStatus.PENDING_ASSISTANCE:
+            policy = info.context.policy
+            received_at = request.assistance_requested_at
+            assert received_at is not None
+            return CancellationAssistanceRequested(
+                account=account,
+                request=request,
+                customer_success_manager=Contact.of(done.account.csm or policy.customer_success),
+                received_at=received_at,
+                respond_by=received_at + policy.assistance_response,
+            )
+        preview = CancellationPreview(
+            _view=done.account,
+            _eye=account._eye,
+            _reason=input.reason,
+            _members=await accounts.member_count(done.account.id),
+        )
+        return CancelAccountSuccess(
+            account=account, request=request, confirmation_token=done.confirmation_token, preview=preview
+        )
+
+    @root(
+        Access.ACTION,
+        "Say why. Never a condition for confirming. After the cancellation, with the link of the email, until the "
+        "retention window ends.",
+    )
+    async def submit_feedback(self, info: Info, input: SubmitFeedbackInput) -> SubmitFeedbackResult | None:
+        view = await feedback.submit(
+            info.context.call,
+            nodes.decode_as(Kind.CANCELLATION_REQUEST, input.request_id),
+            reason=input.reason,
+            comment=input.comment,
+            idempotency_key=input.idempotency_key,
+        )
+        made = await info.context.offers.load(view.request_id)
+        return SubmitFeedbackSuccess(feedback=Feedback.of(view), offers=[Offer.of(offer) for offer in made])
+
+    @root(Access.ACTION, "Take an alternative instead of canceling. The request is SAVED; the billing team is told.")
+    async def accept_offer(self, info: Info, input: AcceptOfferInput) -> AcceptOfferResult | None:
+        offer, account = await offers.accept(
+            info.context.call, nodes.decode_as(Kind.OFFER, input.offer_id), idempotency_key=input.idempotency_key
+        )
+        return AcceptOfferSuccess(offer=Offer.of(offer), account=await _shown(info, account))
+
+    @root(Access.ACTION, "Say that an alternative is not wanted. Recorded, and nothing else; nobody has to.")
+    async def decline_offer(self, info: Info, input: DeclineOfferInput) -> DeclineOfferResult | None:
+        offer, account = await offers.decline(
+            info.context.call, nodes.decode_as(Kind.OFFER, input.offer_id), idempotency_key=input.idempotency_key
+        )
+        return DeclineOfferSuccess(offer=Offer.of(offer), account=await _shown(info, account))
+
+    @root(Access.ACTION, "Take an open request back, or a scheduled cancellation before it takes effect.")
+    async def withdraw_cancellation(
+        self, info: Info, input: WithdrawCancellationInput
+    ) -> WithdrawCancellationResult | None:
+        account = await cancellation.withdraw(
+            info.context.call, nodes.decode_as(Kind.ACCOUNT, input.account_id), idempotency_key=input.idempotency_key
+        )
+        return WithdrawCancellationSuccess(account=await _shown(info, account))
+
+    @root(
+        Access.ACTION,
+        "Confirm a cancellation. With this commit messages stop and every member's access is removed, or, where the "
+        "plan says so, at the end of the paid period. Wants the token and the account's name; five wrong tokens void "
+        "it. Repeated by a member whose access it removed, it answers ACCESS_REMOVED with `canceledAt`.",
+    )
+    async def confirm_cancellation(
+        self, info: Info, input: ConfirmCancellationInput
+    ) -> ConfirmCancellationResult | None:
+        view = await cancellation.confirm(
+            info.context.call,
+            nodes.decode_as(Kind.CANCELLATION_REQUEST, input.request_id),
+            confirmation_token=input.confirmation_token,
+            account_name=input.account_name,
+            idempotency_key=input.idempotency_key,
+        )
+        account = await _shown(info, view)
+        return ConfirmCancellationSuccess(account=account, request=await _request(account, input.request_id))
+
+    @root(Access.ACTION, "Bring a canceled account back inside its retention window. The billing team's alone.")
+    async def restart_account(self, info: Info, input: RestartAccountInput) -> RestartAccountResult | None:
+        account = await restart.restart(
+            info.context.call, nodes.decode_as(Kind.ACCOUNT, input.account_id), idempotency_key=input.idempotency_key
+        )
+        return RestartAccountSuccess(account=await _shown(info, account))
+
+    @root(
+        Access.RESTART_LINK,
+        "Ask the billing team to restart the account that the link is about. It restarts nothing; repeating it changes "
+        "nothing.",
+    )
+    async def request_restart(self, info: Info, input: RequestRestartInput) -> RequestRestartResult | None:
+        account = await restart.request_restart(info.context.call, note=input.note)
+        return RequestRestartSuccess(
+            account_name=account.name,
+            restartable_until=account.restartable_until,
+            contact=Contact.of(info.context.policy.billing_team),
+        )
+
+    @root(
+        Access.PROVISION,
+        "Create and update accounts and their members, as the host knows them. Repeatable; never touches the state of "
+        "a cancellation.",
+    )
+    async def sync_accounts(self, info: Info, input: SyncAccountsInput) -> SyncAccountsResult | None:
+        await auth.require_scope(info.context.call, Scope.PROVISION)
+        results = await provisioning.sync(info.context.call.installation, [_item(one) for one in input.accounts])
+        return SyncAccountsSuccess(
+            results=[
+                SyncedAccount(
+                    reference=one.reference,
+                    outcome=one.outcome,
+                    account_id=None
+                    if one.account_id is None
+                    else strawberry.ID(nodes.encode(Kind.ACCOUNT, one.account_id)),
+                    error=None
+                    if one.refusal is None
+                    else InvalidInputError(message=one.refusal.message, field=one.refusal.field),
+                )
+                for one in results
+            ]
+        )

@@ -1,0 +1,322 @@
+"""What can be asked. Thin: find out who asks, read, show."""
+
+from datetime import datetime
+from typing import Annotated
+from uuid import UUID
+
+import strawberry
+
+from app import accounts, auth, errors
+from app.accounts import AccountFilter, AccountSort, RequestFilter
+from app.auth import Caller
+from app.graphql import nodes
+from app.graphql.access import Access, root
+from app.graphql.context import Info
+from app.graphql.enums import SortDirection
+from app.graphql.nodes import Keyset, Kind
+from app.graphql.types import (
+    REQUESTS_OLDEST_FIRST,
+    Account,
+    After,
+    CancellationPreview,
+    CancellationRequest,
+    Connection,
+    Feedback,
+    FeedbackReasonLabel,
+    First,
+    Member,
+    Node,
+    Offer,
+    Perspective,
+    Plan,
+    connection,
+    describe,
+)
+from app.lifecycle import (
+    OPEN_REQUEST,
+    AccountStatus,
+    FeedbackReason,
+    MemberRole,
+    Permission,
+    RequestStatus,
+    Scope,
+    StaffRole,
+)
+
+MAX_SEARCH_LENGTH = 200
+
+_BY = {
+    (AccountSort.NAME, False): Keyset(name="accounts:name", types=(str, UUID)),
+    (AccountSort.NAME, True): Keyset(name="accounts:name:desc", types=(str, UUID)),
+    (AccountSort.CREATED_AT, False): Keyset(name="accounts:created", types=(datetime, UUID)),
+    (AccountSort.CREATED_AT, True): Keyset(name="accounts:created:desc", types=(datetime, UUID)),
+    (AccountSort.DELETION_SCHEDULED_FOR, False): Keyset(name="accounts:deletion", types=(datetime, UUID)),
+    (AccountSort.DELETION_SCHEDULED_FOR, True): Keyset(name="accounts:deletion:desc", types=(datetime, UUID)),
+}
+_SORT_ATTRIBUTE = {
+    AccountSort.NAME: "name",
+    AccountSort.CREATED_AT: "created_at",
+    AccountSort.DELETION_SCHEDULED_FOR: "deletion_scheduled_for",
+}
+_MEMBERSHIPS = Keyset(name="memberships:name", types=(str, UUID))
+
+
+@strawberry.type(description="What the caller is in one account.")
+class Membership:
+    account: Account = describe("The account.")
+    role: MemberRole = describe("The caller's role.")
+    permissions: list[Permission] = describe("What was granted to the caller.")
+    has_billing_permission: bool = describe('Whether the caller has "Access billing & account info".')
+
+
+@strawberry.type(description="Who asks.")
+class Viewer:
+    _caller: strawberry.Private[Caller]
+    name: str | None = describe("The caller's name, where staff or a service; a member's is in their accounts.")
+    email: str | None = describe("The caller's address, where staff.")
+    staff_role: StaffRole | None = describe("The caller's role, where staff.")
+    service_scopes: list[Scope] | None = describe("What the caller may do, where a service.")
+
+    @strawberry.field(description="The accounts that the caller is a member of and has access to, by name.")
+    async def memberships(self, info: Info, first: First = None, after: After = None) -> Connection[Membership]:
+        size, position = nodes.page_size(first), _MEMBERSHIPS.position(after)
+        identity, policy = self._caller.identity, info.context.policy
+        views = await accounts.page(
+            AccountFilter(
+                person=(identity.issuer, identity.subject),
+                statuses=frozenset({AccountStatus.ACTIVE, AccountStatus.CANCELLATION_SCHEDULED}),
+            ),
+            sort=AccountSort.NAME,
+            descending=False,
+            after=position,
+            limit=size + 1,
+        )
+        members = await accounts.memberships(identity.issuer, identity.subject, [view.id for view in views])
+
+        def membership(view: accounts.AccountView) -> Membership:
+            member = members[view.id]
+            shown = Member.of(member)
+            return Membership(
+                account=Account.of(view, Perspective.on(self._caller, policy, view, member)),
+                role=shown.role,
+                permissions=shown.permissions,
+                has_billing_permission=shown.has_billing_permission,
+            )
+
+        listed = [view for view in views if view.id in members]
+        return connection(listed, size, after, lambda view: _MEMBERSHIPS.cursor(view.name, view.id), membership)
+
+
+@strawberry.input(description="Which accounts. Every field that is given narrows the list.")
+class AccountFilterInput:
+    statuses: list[AccountStatus] | None = strawberry.field(default=None, description="In one of these statuses.")
+    plan_codes: list[str] | None = strawberry.field(default=None, description="On one of these plans.")
+    csm_email: str | None = strawberry.field(default=None, description="Of this Customer Success Manager.")
+    request_statuses: list[RequestStatus] | None = strawberry.field(
+        default=None, description="With a request, open or past, in one of these statuses."
+    )
+    deletion_scheduled_from: datetime | None = strawberry.field(
+        default=None, description="With a deletion date at this time or later."
+    )
+    deletion_scheduled_before: datetime | None = strawberry.field(
+        default=None, description="With a deletion date before this time."
+    )
+    restart_requested: bool | None = strawberry.field(
+        default=None, description="Whether a former member has asked for a restart since the cancellation."
+    )
+
+
+@strawberry.input(description="The order of a list of accounts.")
+class AccountSortInput:
+    field: AccountSort = strawberry.field(description="What to sort by.")
+    direction: SortDirection = strawberry.field(description="Which end comes first.")
+
+
+@strawberry.input(description="Which requests. Every field that is given narrows the list.")
+class CancellationRequestFilterInput:
+    statuses: list[RequestStatus] | None = strawberry.field(
+        default=None, description="In one of these statuses; left out: the open ones."
+    )
+    mine: bool | None = strawberry.field(
+        default=None,
+        description="Only requests of accounts whose Customer Success Manager is the caller, and of accounts that "
+        "have none.",
+    )
+
+
+def _some(values: list[str] | None, argument: str) -> frozenset[str] | None:
+    if values is None:
+        return None
+    if len(values) > 100:
+        raise errors.BadUserInput(f"`{argument}` has at most 100 values.", argument=argument)
+    return frozenset(values)
+
+
+@strawberry.type(name="Query", description="What can be asked. Every field says whom it is for.")
+class Query:
+    @root(Access.KNOWN, "Who asks, and in which accounts.")
+    async def viewer(self, info: Info) -> Viewer | None:
+        caller = await auth.identify(info.context.call)
+        if caller.identity.grant is not None:
+            raise errors.Forbidden("The link in an email is good for what it says, and for nothing else.")
+        staff, service = caller.staff, caller.service
+        return Viewer(
+            _caller=caller,
+            name=staff.name if staff else service.name if service else None,
+            email=staff.email if staff else None,
+            staff_role=staff.role if staff else None,
+            service_scopes=[Scope(scope) for scope in sorted(service.scopes)] if service else None,
+        )
+
+    @root(Access.MEMBERS_AND_STAFF, "One account; null when it does not exist or is not the caller's.")
+    async def account(
+        self, info: Info, id: Annotated[strawberry.ID, strawberry.argument(description="The account's id.")]
+    ) -> Account | None:
+        caller = await auth.identify(info.context.call, nodes.decode_as(Kind.ACCOUNT, id))
+        view = caller.see()
+        return None if view is None else Account.of(view, Perspective.of(caller, info.context.policy))
+
+    @root(Access.STAFF, "Accounts, by name unless sorted otherwise.")
+    async def accounts(
+        self,
+        info: Info,
+        filter: Annotated[AccountFilterInput | None, strawberry.argument(description="Which.")] = None,
+        search: Annotated[
+            str | None,
+            strawberry.argument(
+                description="A part of the name, the reference, or a member's address, in any case; at most 200 "
+                "characters."
+            ),
+        ] = None,
+        sort: Annotated[AccountSortInput | None, strawberry.argument(description="In which order.")] = None,
+        first: First = None,
+        after: After = None,
+    ) -> Connection[Account] | None:
+        caller = await auth.require_staff(info.context.call)
+        if search is not None and len(search) > MAX_SEARCH_LENGTH:
+            raise errors.BadUserInput(f"`search` has at most {MAX_SEARCH_LENGTH} characters.", argument="search")
+        order = sort.field if sort else AccountSort.NAME
+        descending = sort is not None and sort.direction is SortDirection.DESC
+        keyset, attribute = _BY[order, descending], _SORT_ATTRIBUTE[order]
+        size, position = nodes.page_size(first), keyset.position(after)
+        given = filter or AccountFilterInput()
+        views = await accounts.page(
+            AccountFilter(
+                statuses=None if given.statuses is None else frozenset(given.statuses),
+                plan_codes=_some(given.plan_codes, "planCodes"),
+                csm_email=given.csm_email,
+                request_statuses=None if given.request_statuses is None else frozenset(given.request_statuses),
+                deletion_from=given.deletion_scheduled_from,
+                deletion_before=given.deletion_scheduled_before,
+                restart_requested=given.restart_requested,
+                search=search,
+            ),
+            sort=order,
+            descending=descending,
+            after=position,
+            limit=size + 1,
+        )
+        policy = info.context.policy
+        return connection(
+            views,
+            size,
+            after,
+            lambda view: keyset.cursor(getattr(view, attribute), view.id),
+            lambda view: Account.of(view, Perspective.on(caller, policy, view)),
+        )
+
+    @root(Access.STAFF, "Cancellation requests of all accounts, longest waiting first: the Customer Success queue.")
+    async def cancellation_requests(
+        self,
+        info: Info,
+        filter: Annotated[CancellationRequestFilterInput | None, strawberry.argument(description="Which.")] = None,
+        first: First = None,
+        after: After = None,
+    ) -> Connection[CancellationRequest] | None:
+        caller = await auth.require_staff(info.context.call)
+        assert caller.staff is not None
+        keyset = REQUESTS_OLDEST_FIRST
+        size, position = nodes.page_size(first), keyset.position(after)
+        given = filter or CancellationRequestFilterInput()
+        mine = caller.staff.id if given.mine else None
+        views = await accounts.request_page(
+            RequestFilter(statuses=OPEN_REQUEST if given.statuses is None else frozenset(given.statuses), csm_id=mine),
+            after=position,
+            limit=size + 1,
+        )
+        eye = Perspective.of(caller, info.context.policy)
+        return connection(
+            views,
+            size,
+            after,
+            lambda view: keyset.cursor(view.requested_at, view.id),
+            lambda view: CancellationRequest.of(view, eye),
+        )
+
+    @root(Access.BILLING, "What a cancellation confirmed now would do: who loses access, until when it can be undone.")
+    async def cancellation_preview(
+        self,
+        info: Info,
+        account_id: Annotated[strawberry.ID, strawberry.argument(description="The account's id.")],
+        reason: Annotated[
+            FeedbackReason | None, strawberry.argument(description="Chooses which alternatives are offered.")
+        ] = None,
+    ) -> CancellationPreview | None:
+        caller = await auth.identify(info.context.call, nodes.decode_as(Kind.ACCOUNT, account_id))
+        view = caller.see()
+        if view is None:
+            return None
+        eye = Perspective.of(caller, info.context.policy)
+        eye.require_billing()
+        if view.status is not AccountStatus.ACTIVE:
+            return None
+        return CancellationPreview(_view=view, _eye=eye, _reason=reason, _members=await accounts.member_count(view.id))
+
+    @root(Access.KNOWN, "The plans, and how each is canceled.")
+    async def plans(self, info: Info) -> list[Plan] | None:
+        await info.context.require_caller()
+        policy = info.context.policy
+        return [Plan.of(plan, policy) for plan in policy.plans.values()]
+
+    @root(Access.KNOWN, "The reasons to choose from, in the order to show them.")
+    async def feedback_reasons(self, info: Info) -> list[FeedbackReasonLabel] | None:
+        await info.context.require_caller()
+        return [FeedbackReasonLabel(reason=one.code, label=one.label) for one in info.context.policy.reasons]
+
+    @root(
+        Access.MEMBERS_AND_STAFF,
+        "The object with that id; null when there is none, or it is not the caller's. What belongs to a cancellation "
+        "needs the billing permission, and is null without.",
+    )
+    async def node(
+        self, info: Info, id: Annotated[strawberry.ID, strawberry.argument(description="Any object's id.")]
+    ) -> Node | None:
+        named = nodes.decode(id)
+        kind, key = named or (None, None)
+        row = None if kind is None or key is None else await _LOAD[kind](key)
+        account_id = None if row is None else row.id if isinstance(row, accounts.AccountView) else row.account_id
+        caller = await auth.identify(info.context.call, account_id)
+        view = caller.see()
+        if view is None or row is None:
+            return None
+        eye = Perspective.of(caller, info.context.policy)
+        if isinstance(row, accounts.AccountView):
+            return Account.of(view, eye)
+        if not eye.sees_billing:
+            return None
+        if isinstance(row, accounts.RequestView):
+            return CancellationRequest.of(row, eye)
+        if isinstance(row, accounts.FeedbackView):
+            return Feedback.of(row)
+        if isinstance(row, accounts.OfferView):
+            return Offer.of(row)
+        return Member.of(row)
+
+
+_LOAD = {
+    Kind.ACCOUNT: accounts.load,
+    Kind.CANCELLATION_REQUEST: accounts.load_request,
+    Kind.FEEDBACK: accounts.load_feedback,
+    Kind.OFFER: accounts.load_offer,
+    Kind.MEMBER: accounts.load_member,
+}

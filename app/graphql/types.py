@@ -1,0 +1,527 @@
+"""The objects of the API.
+
+Plain attributes where the row has the value, synchronous methods where it follows from the row, loaders where it
+is somewhere else. What only the billing permission shows refuses others with FORBIDDEN, field by field.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Generic, TypeVar
+from uuid import UUID
+
+import strawberry
+
+from app import errors, lifecycle, offers
+from app import policy as policies
+from app.accounts import AccountView, FeedbackView, MemberView, OfferView, Person, RequestView
+from app.auth import Caller, MemberFacts
+from app.graphql import enums, nodes
+from app.graphql.context import Info
+from app.graphql.nodes import Keyset, Kind
+from app.history import TransitionView
+from app.lifecycle import (
+    AccountStatus,
+    Action,
+    Actor,
+    ActorKind,
+    CancellationTiming,
+    Channel,
+    FeedbackReason,
+    MemberRole,
+    OfferKind,
+    OfferStatus,
+    Permission,
+    RequestStatus,
+    TransitionType,
+)
+from app.policy import Policy
+
+T = TypeVar("T")
+
+
+def describe(text: str) -> Any:
+    """A field with a description."""
+    return strawberry.field(description=text)
+
+
+First = Annotated[int | None, strawberry.argument(description="How many: 1 to 100, 20 when left out.")]
+After = Annotated[
+    str | None, strawberry.argument(description="The `endCursor` of the page before; left out for the first page.")
+]
+
+
+@strawberry.interface(description="What has an id that is unique among all objects. Do not take ids apart.")
+class Node:
+    id: strawberry.ID = describe("Opaque, globally unique, and never changed.")
+
+
+@strawberry.type(description="Where a page of a list ends.")
+class PageInfo:
+    has_next_page: bool = describe("Whether there is more behind this page.")
+    has_previous_page: bool = describe("Whether this page began behind a cursor.")
+    start_cursor: str | None = describe("The cursor of the first item; null on an empty page.")
+    end_cursor: str | None = describe("What to give as `after` for the next page; null on an empty page.")
+
+
+@strawberry.type(description="An item of a list, with its place.")
+class Edge(Generic[T]):
+    node: T = describe("The item.")
+    cursor: str = describe("Its place in this list and this order; opaque.")
+
+
+@strawberry.type(description="A page of a list.")
+class Connection(Generic[T]):
+    edges: list[Edge[T]] = describe("The items of the page, in order.")
+    page_info: PageInfo = describe("Where the page ends.")
+
+
+def connection(
+    rows: Sequence[Any], size: int, after: str | None, cursor: Callable[[Any], str], node: Callable[[Any], T]
+) -> Connection[T]:
+    """A page of `size` from rows that hold one more when there is a next page."""
+    shown = rows[:size]
+    edges = [Edge(node=node(row), cursor=cursor(row)) for row in shown]
+    return Connection(
+        edges=edges,
+        page_info=PageInfo(
+            has_next_page=len(rows) > size,
+            has_previous_page=after is not None,
+            start_cursor=edges[0].cursor if edges else None,
+            end_cursor=edges[-1].cursor if edges else None,
+        ),
+    )
+
+
+@strawberry.type(description="Whom to turn to.")
+class Contact:
+    name: str = describe("A person's or a team's name.")
+    email: str = describe("Their address.")
+
+    @staticmethod
+    def of(contact: errors.Contact) -> "Contact":
+        return Contact(name=contact.name, email=contact.email)
+
+
+@strawberry.type(description="What an account pays for, and how it is canceled: the policy in force.")
+class Plan:
+    code: str = describe("The plan's code, as the host names it.")
+    name: str = describe("The plan's name, for people.")
+    channel: Channel = describe("How the plan is canceled.")
+    effective: CancellationTiming = describe("When a confirmed cancellation takes effect.")
+    retention_hours: int = describe("From the cancellation to the deletion of the data, in hours.")
+    confirmation_lifetime_hours: int = describe("How long a cancellation can be confirmed after it was asked for.")
+    assistance_response_hours: int = describe("Within how many hours a Customer Success Manager answers.")
+    reminder_days: list[int] = describe("How many days before the deletion a reminder is sent.")
+
+    @staticmethod
+    def of(plan: policies.Plan, policy: Policy) -> "Plan":
+        return Plan(
+            code=plan.code,
+            name=plan.name,
+            channel=plan.channel,
+            effective=plan.effective,
+            retention_hours=hours(plan.retention),
+            confirmation_lifetime_hours=hours(policy.confirmation_lifetime),
+            assistance_response_hours=hours(policy.assistance_response),
+            reminder_days=list(policy.reminder_days),
+        )
+
+
+def hours(duration: timedelta) -> int:
+    return int(duration / timedelta(hours=1))
+
+
+@strawberry.type(description="A reason to choose from, with the words shown to people.")
+class FeedbackReasonLabel:
+    reason: FeedbackReason = describe("The reason.")
+    label: str = describe("What people read.")
+
+
+@strawberry.type(description="Whether the caller can do something about an account now, and if not, why.")
+class ActionAvailability:
+    action: Action = describe("What could be done.")
+    allowed: bool = describe("Whether the mutation of that name would be accepted now, given fitting input.")
+    reason: str | None = describe(
+        "The name of the error it would answer with, such as `AccountStateError`; null when allowed."
+    )
+    message: str | None = describe("That error's message, for people; null when allowed.")
+
+    @staticmethod
+    def of(one: lifecycle.Availability) -> "ActionAvailability":
+        refusal = one.refusal
+        return ActionAvailability(
+            action=one.action,
+            allowed=refusal is None,
+            reason=None if refusal is None else refusal_name(type(refusal)),
+            message=None if refusal is None else refusal.message,
+        )
+
+
+def refusal_name(kind: type[errors.Refusal]) -> str:
+    """A refusal's name in the schema: `NotFound` is `NotFoundError`, `AccountStateRefused` is `AccountStateError`."""
+    return kind.__name__.removesuffix("Refused") + "Error"
+
+
+@strawberry.type(description="One person in one account.")
+class Member(Node):
+    name: str = describe("Their name.")
+    email: str = describe("Their address.")
+    role: MemberRole = describe("Their role.")
+    permissions: list[Permission] = describe("What was granted to them; an ADMIN has every permission without.")
+    has_billing_permission: bool = describe('Whether they have "Access billing & account info".')
+
+    @staticmethod
+    def of(view: MemberView) -> "Member":
+        granted = [Permission(code) for code in sorted(view.permissions)]
+        return Member(
+            id=strawberry.ID(nodes.encode(Kind.MEMBER, view.id)),
+            name=view.name,
+            email=view.email,
+            role=view.role,
+            permissions=granted,
+            has_billing_permission=view.role is MemberRole.ADMIN
+            or Permission.ACCESS_BILLING_AND_ACCOUNT_INFO in granted,
+        )
+
+
+@strawberry.type(description="Who did something, as far as they are still known.")
+class ActorRef:
+    kind: ActorKind = describe("What kind of actor.")
+    name: str | None = describe("Their name; null when they are not known any more.")
+    email: str | None = describe("Their address; null when they are not known any more.")
+
+    @staticmethod
+    def of(kind: ActorKind, person: Person | None) -> "ActorRef":
+        return ActorRef(kind=kind, name=person.name if person else None, email=person.email if person else None)
+
+
+@strawberry.type(description="Why a customer cancels, in their words. Appended, and never changed.")
+class Feedback(Node):
+    reason: FeedbackReason = describe("The reason they chose.")
+    comment: str | None = describe("What they wrote, if anything.")
+    submitted_at: datetime = describe("When.")
+
+    @staticmethod
+    def of(view: FeedbackView) -> "Feedback":
+        return Feedback(
+            id=strawberry.ID(nodes.encode(Kind.FEEDBACK, view.id)),
+            reason=view.reason,
+            comment=view.comment,
+            submitted_at=view.submitted_at,
+        )
+
+
+@strawberry.type(description="An alternative to canceling, made within a request. Answering it is never needed.")
+class Offer(Node):
+    code: str = describe("The offer's code in the policy.")
+    kind: OfferKind = describe("What kind of alternative.")
+    title: str = describe("A heading for people.")
+    description: str = describe("What is offered, for people.")
+    status: OfferStatus = describe("Whether it was answered.")
+    offered_at: datetime = describe("When it was made.")
+    answered_at: datetime | None = describe("When it was answered; null while OPEN.")
+
+    @staticmethod
+    def of(view: OfferView) -> "Offer":
+        return Offer(
+            id=strawberry.ID(nodes.encode(Kind.OFFER, view.id)),
+            code=view.code,
+            kind=view.kind,
+            title=view.title,
+            description=view.description,
+            status=view.status,
+            offered_at=view.offered_at,
+            answered_at=view.answered_at,
+        )
+
+
+@strawberry.type(description="An alternative that would be offered.")
+class OfferPreview:
+    code: str = describe("The offer's code in the policy.")
+    kind: OfferKind = describe("What kind of alternative.")
+    title: str = describe("A heading for people.")
+    description: str = describe("What would be offered, for people.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Perspective:
+    """Through whose eyes an account is shown, at which moment."""
+
+    actor: Actor
+    sees_billing: bool
+    now: datetime
+    policy: Policy
+
+    @staticmethod
+    def of(caller: Caller, policy: Policy) -> "Perspective":
+        return Perspective(
+            actor=caller.actor(), sees_billing=caller.has_billing_permission(), now=caller.now, policy=policy
+        )
+
+    @staticmethod
+    def on(caller: Caller, policy: Policy, account: AccountView, member: MemberView | None = None) -> "Perspective":
+        """The caller's on another account than the one that `caller` was read with."""
+        facts = None
+        if member is not None:
+            facts = MemberFacts(
+                id=member.id,
+                account_id=member.account_id,
+                name=member.name,
+                email=member.email,
+                role=member.role,
+                permissions=member.permissions,
+            )
+        return Perspective.of(replace(caller, account=account, member=facts), policy)
+
+    def require_billing(self) -> None:
+        if not self.sees_billing:
+            raise errors.Forbidden(
+                'This field needs the permission "Access billing & account info". An admin of the account can grant it.'
+            )
+
+
+REQUESTS = Keyset(name="requests:requested_at", types=(datetime, UUID))
+REQUESTS_OLDEST_FIRST = Keyset(name="requests:requested_at:asc", types=(datetime, UUID))
+MEMBERS = Keyset(name="members:created_at:desc", types=(datetime, UUID))
+TRANSITIONS = Keyset(name="transitions:sequence:desc", types=(str, UUID))
+
+
+@strawberry.type(description="One attempt to cancel an account.")
+class CancellationRequest(Node):
+    _view: strawberry.Private[RequestView]
+    _eye: strawberry.Private[Perspective]
+    status: RequestStatus = describe("Where it is.")
+    channel: Channel = describe("How the plan was to be canceled when it was asked for.")
+    plan_code: str = describe("The plan's code when it was asked for.")
+    requested_at: datetime = describe("When it was asked for.")
+    assistance_requested_at: datetime | None = describe("When the Customer Success Manager was asked.")
+    opened_at: datetime | None = describe("When staff opened it for the members to confirm.")
+    confirmation_expires_at: datetime | None = describe("Until when it can be confirmed.")
+    confirmed_at: datetime | None = describe("When a member confirmed it.")
+    effective_at: datetime | None = describe("When it takes, or was to take, effect.")
+    took_effect_at: datetime | None = describe("When the account was canceled by it.")
+    closed_at: datetime | None = describe("When it was withdrawn, saved, expired or reverted.")
+
+    @staticmethod
+    def of(view: RequestView, eye: Perspective) -> "CancellationRequest":
+        return CancellationRequest(
+            id=strawberry.ID(nodes.encode(Kind.CANCELLATION_REQUEST, view.id)),
+            _view=view,
+            _eye=eye,
+            status=view.status,
+            channel=view.channel,
+            plan_code=view.plan_code,
+            requested_at=view.requested_at,
+            assistance_requested_at=view.assistance_requested_at,
+            opened_at=view.opened_by_staff_at,
+            confirmation_expires_at=view.confirmation_expires_at,
+            confirmed_at=view.confirmed_at,
+            effective_at=view.effective_at,
+            took_effect_at=view.took_effect_at,
+            closed_at=view.closed_at,
+        )
+
+    @strawberry.field(description="For how long it has been waiting, or waited until it was closed or took effect.")
+    def age_seconds(self) -> int:
+        until = self._view.closed_at or self._view.took_effect_at or self._eye.now
+        return max(0, int((until - self._view.requested_at).total_seconds()))
+
+    @strawberry.field(description="Until when the Customer Success Manager answers; null where none was asked.")
+    def respond_by(self) -> datetime | None:
+        asked = self._view.assistance_requested_at
+        return asked and asked + self._eye.policy.assistance_response
+
+    @strawberry.field(description="Why staff opened it. For staff; null for members.")
+    def staff_note(self) -> str | None:
+        return self._view.staff_note if self._eye.actor.kind is ActorKind.STAFF else None
+
+    @strawberry.field(description="Who asked.")
+    async def requested_by(self, info: Info) -> ActorRef:
+        person = await info.context.people.load(self._view.requested_by_id)
+        return ActorRef.of(self._view.requested_by_kind, person)
+
+    @strawberry.field(description="The account it is about.")
+    async def account(self, info: Info) -> "Account":
+        view = await info.context.accounts.load(self._view.account_id)
+        assert view is not None, "an account outlives its requests"
+        return Account.of(view, self._eye)
+
+    @strawberry.field(description="What the customer said, oldest first; 20 at most.")
+    async def feedback(self, info: Info) -> list[Feedback]:
+        return [Feedback.of(view) for view in await info.context.feedback.load(self._view.id)]
+
+    @strawberry.field(description="The alternatives that were offered, in the order they were made.")
+    async def offers(self, info: Info) -> list[Offer]:
+        return [Offer.of(view) for view in await info.context.offers.load(self._view.id)]
+
+
+@strawberry.type(description="One step of an account's history. Steps are appended, and never changed.")
+class Transition:
+    sequence: int = describe("Grows by one with each step of the account.")
+    epoch: int = describe("Grows with each cancellation that takes effect and each restart.")
+    type: TransitionType = describe("What happened.")
+    account_status: AccountStatus = describe("The account's status after it.")
+    actor_kind: ActorKind = describe("What kind of actor did it.")
+    occurred_at: datetime = describe("When.")
+
+    @staticmethod
+    def of(view: TransitionView) -> "Transition":
+        return Transition(
+            sequence=view.sequence,
+            epoch=view.epoch,
+            type=view.type,
+            account_status=view.account_status,
+            actor_kind=view.actor_kind,
+            occurred_at=view.occurred_at,
+        )
+
+
+@strawberry.type(description="A customer's account: a company's workspace, never one person.")
+class Account(Node):
+    _view: strawberry.Private[AccountView]
+    _eye: strawberry.Private[Perspective]
+    reference: str = describe("The host's own name for the account.")
+    name: str = describe("The account's name; it is typed to confirm a cancellation.")
+    status: AccountStatus = describe("Where the account is in its life.")
+    epoch: int = describe("Grows with each cancellation that takes effect and each restart.")
+    can_send_messages: bool = describe("Whether messages may be sent for the account.")
+    members_can_sign_in: bool = describe("Whether its members have access.")
+    cancellation_effective_at: datetime | None = describe("When a scheduled cancellation takes effect.")
+    canceled_at: datetime | None = describe("When it was canceled; null when it is not.")
+    restartable_until: datetime | None = describe("Until when the billing team can restart it.")
+    deletion_scheduled_for: datetime | None = describe("When its data is deleted; null while held, or not canceled.")
+    deletion_held_at: datetime | None = describe("Since when its deletion is on hold.")
+    deletion_started_at: datetime | None = describe("When its deletion began; from then on there is no way back.")
+    deleted_at: datetime | None = describe("When its data was gone.")
+
+    @staticmethod
+    def of(view: AccountView, eye: Perspective) -> "Account":
+        return Account(
+            id=strawberry.ID(nodes.encode(Kind.ACCOUNT, view.id)),
+            _view=view,
+            _eye=eye,
+            reference=view.reference,
+            name=view.name,
+            status=view.status,
+            epoch=view.epoch,
+            can_send_messages=lifecycle.can_send_messages(view.status),
+            members_can_sign_in=lifecycle.members_can_sign_in(view.status),
+            cancellation_effective_at=view.cancellation_effective_at,
+            canceled_at=view.canceled_at,
+            restartable_until=view.restartable_until,
+            deletion_scheduled_for=view.deletion_scheduled_for,
+            deletion_held_at=view.deletion_held_at,
+            deletion_started_at=view.deletion_started_at,
+            deleted_at=view.deleted_at,
+        )
+
+    @strawberry.field(description="Its plan, with the policy in force.")
+    def plan(self) -> Plan:
+        return Plan.of(self._view.plan(self._eye.policy), self._eye.policy)
+
+    @strawberry.field(description="What the caller can do about its cancellation now, and why not where they cannot.")
+    def allowed_actions(self) -> list[ActionAvailability]:
+        facts = self._view.facts(self._eye.policy)
+        return [ActionAvailability.of(one) for one in lifecycle.availability(self._eye.actor, facts, self._eye.now)]
+
+    @strawberry.field(description="When the paid period ends. Needs the billing permission.")
+    def current_period_end(self) -> datetime | None:
+        self._eye.require_billing()
+        return self._view.current_period_end
+
+    @strawberry.field(
+        description="Its Customer Success Manager, or who takes their place. Needs the billing permission."
+    )
+    def customer_success_manager(self) -> Contact | None:
+        self._eye.require_billing()
+        return Contact.of(self._view.csm or self._eye.policy.customer_success)
+
+    @strawberry.field(description="The open request to cancel, if there is one. Needs the billing permission.")
+    def open_request(self) -> CancellationRequest | None:
+        self._eye.require_billing()
+        request = self._view.request
+        return None if request is None else CancellationRequest.of(request, self._eye)
+
+    @strawberry.field(description="Every attempt to cancel, newest first. Needs the billing permission.")
+    async def cancellation_requests(
+        self, info: Info, first: First = None, after: After = None
+    ) -> Connection[CancellationRequest] | None:
+        self._eye.require_billing()
+        size, position = nodes.page_size(first), REQUESTS.position(after)
+        rows = await info.context.requests.load((self._view.id, position, size + 1))
+        return connection(
+            rows,
+            size,
+            after,
+            lambda row: REQUESTS.cursor(row.requested_at, row.id),
+            lambda row: CancellationRequest.of(row, self._eye),
+        )
+
+    @strawberry.field(description="Its members, newest first. Needs the billing permission.")
+    async def members(self, info: Info, first: First = None, after: After = None) -> Connection[Member] | None:
+        self._eye.require_billing()
+        size, position = nodes.page_size(first), MEMBERS.position(after)
+        rows = await info.context.members.load((self._view.id, position, size + 1))
+        return connection(rows, size, after, lambda row: MEMBERS.cursor(row.created_at, row.id), Member.of)
+
+    @strawberry.field(description="What happened to it, newest first. Needs the billing permission.")
+    async def history(self, info: Info, first: First = None, after: After = None) -> Connection[Transition] | None:
+        self._eye.require_billing()
+        size, position = nodes.page_size(first), TRANSITIONS.position(after)
+        behind = None if position is None else (int(str(position[0])), self._view.id)
+        rows = await info.context.transitions.load((self._view.id, behind, size + 1))
+        return connection(
+            rows, size, after, lambda row: TRANSITIONS.cursor(str(row.sequence), row.account_id), Transition.of
+        )
+
+    @strawberry.field(
+        description="When a former member asked the billing team to restart it, since it was canceled. "
+        "Needs the billing permission."
+    )
+    async def restart_requested_at(self, info: Info) -> datetime | None:
+        self._eye.require_billing()
+        return await info.context.restart_requested_at.load(self._view.id)
+
+
+@strawberry.type(description="What a cancellation confirmed now would do. Nothing is changed by looking.")
+class CancellationPreview:
+    _view: strawberry.Private[AccountView]
+    _eye: strawberry.Private[Perspective]
+    _reason: strawberry.Private[FeedbackReason | None]
+    _members: strawberry.Private[int]
+
+    @strawberry.field(description="How many members would lose access; `account.members` says who.")
+    def members_losing_access(self) -> int:
+        return self._members
+
+    @strawberry.field(description="The account.")
+    def account(self) -> Account:
+        return Account.of(self._view, self._eye)
+
+    @strawberry.field(description="When messages would stop and access would be removed.")
+    def effective_at(self) -> datetime:
+        return lifecycle.confirm(self._view.facts(self._eye.policy), self._eye.now).effective_at
+
+    @strawberry.field(description="The last moment at which the billing team could restart the account.")
+    def restartable_until(self) -> datetime:
+        return self._window().restartable_until
+
+    @strawberry.field(description="When the data would be deleted.")
+    def deletion_scheduled_for(self) -> datetime:
+        return self._window().deletion_scheduled_for
+
+    def _window(self) -> lifecycle.RetentionWindow:
+        plan = self._view.plan(self._eye.policy)
+        effective = lifecycle.confirm(self._view.facts(self._eye.policy), self._eye.now).effective_at
+        return lifecycle.retention_window(effective, plan.retention)
+
+    @strawberry.field(description="The alternatives that would be offered.")
+    async def offers(self) -> list[OfferPreview]:
+        found = await offers.suitable(self._eye.policy, self._view, self._reason, self._eye.now)
+        return [
+            OfferPreview(code=one.code, kind=one.kind, title=one.title, description=one.description) for one in found
+        ]
+
+
+assert enums  # The enums above are described there.

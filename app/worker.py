@@ -1,0 +1,162 @@
+"""The worker: delivers what is promised and runs what is due, until it is told to stop.
+
+1. Sleep until a transaction wakes the outbox's channel, the next message is due, or a few seconds have passed.
+2. Run what is due by the database's clock (`cancellation.run_due`).
+3. Claim as many messages as there are free places, and deliver them at the same time, each with its own deadline.
+4. Settle each: delivered, another try later, or a dead letter.
+5. When told to stop: claim nothing more, let what is on its way end within the grace period, then return.
+
+Any number of workers may run, in the API's process or in their own. A worker that is killed loses nothing: its
+claims lapse, and the copies that a receiver may then see share their Message-ID.
+"""
+
+import asyncio
+import contextlib
+from datetime import timedelta
+
+import structlog
+
+from app import cancellation, db, outbox
+from app.auth import Installation
+from app.delivery.email import DeliveryError, Mailer, Recipient, compose, render
+from app.errors import Unavailable
+from app.lifecycle import LinkPurpose
+from app.messages import Link
+from app.outbox import Claimed
+
+_log = structlog.stdlib.get_logger(__name__)
+
+POLL_SECONDS = 5.0
+"""The longest sleep: what is due by the clock alone is at most this late, and a lost wake-up costs no more."""
+
+_PATHS = {LinkPurpose.CONFIRM: "confirm", LinkPurpose.FEEDBACK: "feedback", LinkPurpose.RESTART: "restart"}
+
+
+class Worker:
+    """One worker on the database that is bound where `run` is called."""
+
+    def __init__(
+        self,
+        installation: Installation,
+        mailer: Mailer,
+        *,
+        sender: str,
+        link_base: str,
+        concurrency: int,
+        grace: timedelta,
+    ) -> None:
+        self._installation = installation
+        self._mailer = mailer
+        self._sender = sender
+        self._link_base = link_base
+        self._concurrency = concurrency
+        self._grace = grace
+        self._stopping = asyncio.Event()
+        self._deliveries: set[asyncio.Task[None]] = set()
+
+    def stop(self) -> None:
+        """Ask `run` to return as soon as what it is doing is done. Safe to call from a signal handler."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Work until `stop`. A database that is away is waited for."""
+        while not self._stopping.is_set():
+            try:
+                async with db.listen(outbox.CHANNEL) as wakeups:
+                    while not self._stopping.is_set():
+                        busy = await self.work()
+                        if not busy:
+                            await self._sleep(wakeups)
+            except Unavailable:
+                _log.warning("worker.database_unavailable", retry_in_seconds=POLL_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), POLL_SECONDS)
+            except Exception:
+                _log.exception("worker.failed", retry_in_seconds=POLL_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), POLL_SECONDS)
+        await self._finish()
+
+    async def work(self) -> bool:
+        """One round. True when there may be more to do at once."""
+        moved = await cancellation.run_due(self._installation)
+        places = self._concurrency - len(self._deliveries)
+        claimed = await outbox.claim(places) if places > 0 else []
+        for message in claimed:
+            task = asyncio.create_task(self._deliver(message))
+            self._deliveries.add(task)
+            task.add_done_callback(self._deliveries.discard)
+        if claimed and len(self._deliveries) >= self._concurrency:
+            await asyncio.wait(self._deliveries, return_when=asyncio.FIRST_COMPLETED)
+        return bool(moved or claimed)
+
+    async def drain(self) -> None:
+        """Deliver until nothing is due. For commands and tests; a service calls `run`."""
+        while await self.work() or self._deliveries:
+            if self._deliveries:
+                await asyncio.wait(self._deliveries)
+
+    async def _sleep(self, wakeups: db.Wakeups) -> None:
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        woken = asyncio.ensure_future(wakeups.wait(await self._pause()))
+        try:
+            await asyncio.wait({stopping, woken, *self._deliveries}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (stopping, woken):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def _pause(self) -> float:
+        due = await outbox.next_due()
+        if due is None:
+            return POLL_SECONDS
+        return min(max((due - await db.now()).total_seconds(), 0.05), POLL_SECONDS)
+
+    async def _deliver(self, message: Claimed) -> None:
+        with structlog.contextvars.bound_contextvars(
+            outbox_id=str(message.id), account_id=str(message.account_id), template=message.template
+        ):
+            try:
+                await self._try(message)
+            except Unavailable:
+                _log.warning("worker.not_settled", reason="the database is away; the lease will lapse")
+            except Exception:
+                _log.exception("worker.delivery_failed")
+
+    async def _try(self, message: Claimed) -> None:
+        recipient = Recipient(name=message.recipient_name, address=message.recipient_address)
+        try:
+            rendered = render(message.email(), recipient, sign=self._sign)
+            composed = compose(rendered, recipient, self._sender, message.message_id, message.created_at)
+            await self._mailer.send(composed)
+        except DeliveryError as error:
+            kept = await outbox.failed(message, str(error), permanent=error.permanent)
+            _log.warning("email.failed", attempt=message.attempt, permanent=error.permanent, lease_kept=kept)
+        except Exception as error:
+            # A fault of ours must not lose the message: a corrected version delivers it.
+            _log.exception("email.not_sendable", attempt=message.attempt)
+            await outbox.failed(message, f"{type(error).__name__} in this version; see the log", permanent=False)
+        else:
+            kept = await outbox.delivered(message)
+            _log.info("email.delivered", attempt=message.attempt, lease_kept=kept)
+
+    def _sign(self, link: Link) -> str:
+        """The URL of a link: Sunset's own page, or the host's, with the token that grants what the link says."""
+        token = self._installation.tokens.mint_link(link, issued_at=link.issued_at, expires_at=link.expires_at)
+        return link_url(self._link_base, link.purpose, token)
+
+    async def _finish(self) -> None:
+        if self._deliveries:
+            await asyncio.wait(self._deliveries, timeout=self._grace.total_seconds())
+        for task in self._deliveries:
+            task.cancel()
+        await asyncio.gather(*self._deliveries, return_exceptions=True)
+
+
+def link_url(base: str, purpose: LinkPurpose, token: str) -> str:
+    """`base` is a page of the host's, or ends in Sunset's own path of pages."""
+    joiner = "&" if "?" in base else "?"
+    if base.endswith("/links"):
+        return f"{base}/{_PATHS[purpose]}?token={token}"
+    return f"{base}{joiner}purpose={_PATHS[purpose]}&token={token}"
