@@ -113,7 +113,7 @@ async def _cancel(
 
 
 def _note(given: str | None) -> str:
-    note = (given or "").strip()
+    note: str = (given or "").strip()
     if not 1 <= len(note) <= MAX_NOTE_LENGTH:
         raise errors.InvalidInput(
             f"Staff says why: a note of 1 to {MAX_NOTE_LENGTH} characters is needed.", field="note"

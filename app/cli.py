@@ -5,18 +5,24 @@ What can be expected to go wrong is one line on standard error and exit status 1
 defect. Each command imports what it needs when it runs, so that the small ones start fast.
 """
 
+import asyncio
+import difflib
 import os
+import re
+import signal
+import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
-from datetime import timedelta
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, TypeVar
 
 import typer
 
 from app import errors
-from app.policy import DEFAULT_FILE, Policy, PolicyError
+from app.lifecycle import Scope, StaffRole
+from app.policy import PolicyError
 from app.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -80,34 +86,521 @@ def _settings(**options: object) -> Settings:
     return Settings.load(environ)
 
 
-def _policy(settings: Settings) -> Policy:
-    from app import policy
-
-    return policy.load(settings.policy_file or DEFAULT_FILE)
-
-
-def _run(work: Awaitable[T]) -> T:
+def _run(work: Coroutine[Any, Any, T]) -> T:
     import uvloop
 
-    async def run() -> T:
-        return await work
-
-    return uvloop.run(run())
+    return uvloop.run(work)
 
 
 @asynccontextmanager
 async def _database(settings: Settings) -> AsyncIterator["Database"]:
-    """The database, bound and up to date. Raises `Refusal` when migrations are missing."""
-    from app.db import Database
+    """The database, bound. Raises `Refusal` where there is none or where migrations are missing."""
     from app.db.migrate import pending
 
-    if settings.database_url.startswith("sqlite:"):
-        Path(settings.database_url.removeprefix("sqlite://")).parent.mkdir(parents=True, exist_ok=True)
-    database = await Database.open(settings.database_url, pool_size=settings.database_pool_size)
-    try:
+    file = _sqlite_file(settings)
+    if file is not None and not file.exists():
+        raise errors.Refusal(f"There is no database at {file} yet. Run `sunset migrate` first.")
+    async with _opened(settings) as database:
         if await pending(database):
-            raise errors.Refusal("The database is not at this version's schema. Run `sunset migrate` first.")
+            raise errors.Refusal("The database does not have this version's schema yet. Run `sunset migrate` first.")
         with database.bind():
             yield database
+
+
+@asynccontextmanager
+async def _opened(settings: Settings) -> AsyncIterator["Database"]:
+    """The database, whatever is in it; a SQLite file is made."""
+    import asyncpg
+
+    from app.db import Database
+
+    file = _sqlite_file(settings)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        database = await Database.open(settings.database_url, pool_size=settings.database_pool_size)
+    except asyncpg.PostgresError as error:  # refused by the server: no such database, wrong password
+        raise errors.Refusal(f"SUNSET_DATABASE_URL: {error}") from None
+    try:
+        yield database
     finally:
         await database.close()
+
+
+def _sqlite_file(settings: Settings) -> Path | None:
+    from app.db import sqlite_path
+
+    return Path(sqlite_path(settings.database_url)) if settings.database_url.startswith("sqlite:") else None
+
+
+def _issuer(settings: Settings) -> str:
+    """Whose tokens people and services have unless something else is said."""
+    from app.tokens import DEVELOPMENT_ISSUER
+
+    return settings.oidc_issuer or DEVELOPMENT_ISSUER
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> None:
+    """Aligned, and never wrapped: what is in it can be copied and searched."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))] if rows else []
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Instead of SUNSET_HOST.", show_default=False)] = None,
+    port: Annotated[int | None, typer.Option(help="Instead of SUNSET_PORT.", show_default=False)] = None,
+) -> None:
+    """Serve the API, with the worker inside unless SUNSET_WORKER is false.
+
+    Brings the database to this version's schema first. In development, makes a demo company in a new database and
+    prints tokens to try it with.
+    """
+    import uvicorn
+
+    from app import logs
+    from app.main import create_app
+
+    settings = _settings(host=host, port=port)
+    logs.configure(format=settings.log_format, level=settings.log_level)
+    introduction = _run(_prepare(settings))
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                _introduce(settings, introduction)
+
+    server = Server(
+        uvicorn.Config(
+            create_app(settings),
+            host=settings.host,
+            port=settings.port,
+            loop="uvloop",
+            http="httptools",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=settings.grace_seconds,
+        )
+    )
+    # Uvicorn stops in order and then sends itself the signal again: an order that was followed is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        sys.exit(3)
+
+
+async def _prepare(settings: Settings) -> list[tuple[str, str, str]]:
+    """Migrate, check, make the demo; answer whom there are tokens for: name, part, token."""
+    from app import demo
+    from app.db.migrate import migrate
+    from app.main import check_plans, installation
+
+    shared = installation(settings)
+    async with _opened(settings) as database:
+        await migrate(database)
+        with database.bind():
+            await check_plans(shared)
+            if settings.demo:
+                await demo.make(shared)
+            if not settings.development_issuer:
+                return []
+            return [(one.who, one.part, shared.tokens.mint(one.subject, _START_TOKENS)) for one in await demo.cast()]
+
+
+def _introduce(settings: Settings, cast: Sequence[tuple[str, str, str]]) -> None:
+    """What to open, and as whom."""
+    host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host  # noqa: S104  every interface
+    base = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    pages = [("The API", "/graphql", True), ("Try it in the browser", "/graphiql", settings.graphiql)]
+    pages.append(("The emails that were sent", "/mailbox", settings.mailbox and not settings.smtp_url))
+    print()
+    _columns([(f"{title}:", f"{base}{path}") for title, path, shown in pages if shown])
+    if cast:
+        print(f"\nTokens for {_hours(_START_TOKENS)}, for the header Authorization: Bearer TOKEN\n")
+        for who, part, token in cast:
+            print(f"{who}, {part}\n{token}\n")
+    sys.stdout.flush()
+
+
+def _hours(duration: timedelta) -> str:
+    return f"{duration // timedelta(hours=1)} hours"
+
+
+@app.command()
+def worker() -> None:
+    """Deliver what is due, until told to stop (SIGTERM). Several may run, beside any number of `sunset serve`."""
+    from app import logs
+
+    settings = _settings()
+    logs.configure(format=settings.log_format, level=settings.log_level)
+    _run(_work(settings))
+
+
+async def _work(settings: Settings) -> None:
+    from app import main as service
+
+    shared = service.installation(settings)
+    async with _database(settings):
+        await service.check_plans(shared)
+        own = service.worker(settings, shared)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, own.stop)
+        await own.run()
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to this version's schema. Safe to run while other processes do the same."""
+    _run(_migrate(_settings()))
+
+
+async def _migrate(settings: Settings) -> None:
+    from app.db.migrate import migrate
+
+    async with _opened(settings) as database:
+        for name in await migrate(database):
+            print(f"Applied {name}.")
+    print("The database has this version's schema.")
+
+
+# -------------------------------------------------------------------------------------------------------- accounts
+
+_IMPORT_HELP = """
+Create and update accounts from a file of JSON Lines: one account a line.
+
+    {"reference": "acme", "name": "Acme", "planCode": "essentials", "members": [{"subject": "member:alice@acme.example",
+    "email": "alice@acme.example", "name": "Alice Adams", "role": "ADMIN"}]}
+
+An account (on one line) has **reference**, **name**, **planCode**, and may have **currentPeriodEnd**
+(2027-01-31T00:00:00Z), **csmEmail** (an active Customer Success Manager) and **members**.
+
+**members** are all of the account's members: who is not in the list is removed. Left out, they stay as they are. A
+member has **subject**, **email**, **name**, **role** (ADMIN or MEMBER), and may have **permissions**
+(["ACCESS_BILLING_AND_ACCOUNT_INFO"]) and **issuer** (left out: the one that this installation trusts).
+
+Bad lines are told with their number and reason, and all others are imported; the exit status is then 1. Importing
+again changes nothing, and no import changes the state of a cancellation.
+"""
+
+
+@app.command("import", help=_IMPORT_HELP)
+def import_(
+    file: Annotated[str, typer.Argument(help="The file; - for standard input.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, change nothing.")] = False,
+) -> None:
+    settings = _settings()
+    with nullcontext(sys.stdin.buffer) if file == "-" else Path(file).open("rb") as stream:
+        bad = _run(_import(settings, stream, dry_run=dry_run))
+    if bad:
+        sys.exit(1)
+
+
+async def _import(settings: Settings, stream: BinaryIO, *, dry_run: bool) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from app import importing
+    from app.main import installation
+
+    shared = installation(settings)
+    console = Console(stderr=True)
+    size = os.fstat(stream.fileno()).st_size if stream.seekable() else None
+    columns = TextColumn("{task.fields[lines]:,} lines"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    seen = 0
+    async with _database(settings):
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("import", total=size, lines=0)
+
+            def progress(lines: int, length: int) -> None:
+                nonlocal seen
+                seen += lines
+                bar.update(task, advance=length, lines=seen)
+
+            def complain(number: int, reason: str) -> None:
+                console.print(f"line {number}: {_printable(reason)}", markup=False, highlight=False, soft_wrap=True)
+
+            try:
+                summary = await importing.run(shared, stream, dry_run=dry_run, complain=complain, progress=progress)
+            except errors.Unavailable as error:
+                raise errors.Refusal(
+                    f"Stopped after line {seen:,}: {error.message} What is before is imported; import the file again."
+                ) from None
+    would = "would be " if dry_run else ""
+    print(
+        f"{summary.created:,} accounts {would}created, {summary.updated:,} {would}updated, {summary.unchanged:,} "
+        f"unchanged; {summary.bad:,} bad {'line' if summary.bad == 1 else 'lines'}."
+        + (" Nothing was changed." if dry_run else "")
+    )
+    return summary.bad
+
+
+def _printable(text: str) -> str:
+    """Fit for a terminal: what came from a file neither moves its cursor nor fills it."""
+    shown = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text[:300])
+    return shown + ("..." if len(text) > 300 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+
+
+@app.command()
+def token(
+    member: Annotated[str | None, typer.Option(metavar="EMAIL", help="A member, by address.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="SLUG", help="The member's account, by reference.")] = None,
+    staff: Annotated[str | None, typer.Option(metavar="EMAIL", help="Staff, by address.")] = None,
+    service: Annotated[str | None, typer.Option(metavar="NAME", help="A service, by name.")] = None,
+    lifetime: Annotated[str, typer.Option(help="How long it lives, at most 24h: 30s, 15m, 8h.")] = "1h",
+) -> None:
+    """Print a token of the development issuer, alone: TOKEN=$(sunset token --staff billing@vendor.example)."""
+    if sum(one is not None for one in (member, staff, service)) != 1 or (member is None) != (account is None):
+        raise typer.BadParameter("say one of: --member EMAIL --account SLUG, --staff EMAIL, --service NAME")
+    duration = _duration(lifetime)
+    settings = _settings()
+    if not settings.development_issuer:
+        where = "In production your" if settings.environment == "production" else "Your"
+        raise errors.Refusal(
+            f"There is no development issuer here (SUNSET_DEVELOPMENT_ISSUER is false). {where} identity provider "
+            "makes the tokens."
+        )
+    print(_run(_token(settings, duration, member=member, account=account, staff=staff, service=service)))
+
+
+def _duration(text: str) -> timedelta:
+    found = re.fullmatch(r"(\d{1,6})([smh])", text)
+    units = {"s": timedelta(seconds=1), "m": timedelta(minutes=1), "h": timedelta(hours=1)}
+    duration = int(found[1]) * units[found[2]] if found else timedelta()
+    if not timedelta() < duration <= timedelta(hours=24):
+        raise typer.BadParameter("a lifetime is written as 30s, 15m or 8h, and is at most 24h", param_hint="--lifetime")
+    return duration
+
+
+async def _token(
+    settings: Settings,
+    lifetime: timedelta,
+    *,
+    member: str | None,
+    account: str | None,
+    staff: str | None,
+    service: str | None,
+) -> str:
+    from app.models import Account, Member, Service, Staff
+    from app.tokens import DEVELOPMENT_ISSUER, Tokens
+
+    found: Member | Staff | Service | None
+    async with _database(settings):
+        if member is not None:
+            who = f"member {member} of {account}"
+            if not await Account.exists(reference=account):
+                raise errors.Refusal(f"No account has the reference {account}.")
+            members = await Member.filter(account__reference=account, email__iexact=member)
+            if len(members) > 1:
+                raise errors.Refusal(f"{account} has {len(members)} members with the address {member}.")
+            found = members[0] if members else None
+        elif staff is not None:
+            who = f"staff {staff}"
+            found = await Staff.get_or_none(email=staff.lower(), deactivated_at=None)
+        else:
+            who = f"service {service}"
+            found = await Service.get_or_none(name=service, deactivated_at=None)
+    if found is None:
+        raise errors.Refusal(f"There is no {who}, or they were deactivated.")
+    if found.issuer != DEVELOPMENT_ISSUER:
+        raise errors.Refusal(f"The tokens of {who} come from {found.issuer}, and from nobody else.")
+    return Tokens.from_settings(settings).mint(found.subject, lifetime)
+
+
+# -------------------------------------------------------------------------------------------- what is in force
+
+
+@app.command()
+def config() -> None:
+    """Print the settings in force and where each comes from. Secrets are hidden."""
+    _columns([(f"{name}={value}", f"# {source}") for name, value, source in _settings().describe()])
+
+
+@policy_commands.command("check")
+def policy_check(file: Annotated[Path, typer.Argument(help="The TOML file.")]) -> None:
+    """Check a policy file before it is used: exit status 1 names the first thing that is wrong."""
+    from app import policy
+
+    checked = policy.load(file)
+    print(
+        f"{file} can be used: {len(checked.plans)} plans, {len(checked.reasons)} feedback reasons, "
+        f"{len(checked.offers)} offers."
+    )
+
+
+@app.command()
+def schema(
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare schema.graphql with the code; tell what differs.")
+    ] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write it to schema.graphql.")] = False,
+) -> None:
+    """Print the GraphQL schema."""
+    from app.graphql.schema import printed
+
+    text = printed()
+    if write:
+        _SCHEMA_FILE.write_text(text, encoding="utf-8")
+    elif check:
+        stored = _SCHEMA_FILE.read_text(encoding="utf-8") if _SCHEMA_FILE.exists() else ""
+        difference = difflib.unified_diff(
+            stored.splitlines(keepends=True), text.splitlines(keepends=True), "schema.graphql", "the code"
+        )
+        if stored != text:
+            sys.stdout.writelines(difference)
+            _fail("schema.graphql is not what the code says. Run `sunset schema --write`.")
+        print("schema.graphql is current.")
+    else:
+        sys.stdout.write(text)
+
+
+@email_commands.command("preview")
+def emails_preview(directory: Annotated[Path, typer.Argument(help="The folder; it is made.")]) -> None:
+    """Write every email as text, HTML and .eml, with the numbers of the policy in force."""
+    from app import policy
+    from app.delivery.preview import preview
+
+    written = preview(directory, policy.load(_settings().policy_file or policy.DEFAULT_FILE))
+    print(f"Wrote {len(written)} files to {directory}.")
+
+
+# --------------------------------------------------------------------------------------------- staff and services
+
+_SUBJECT_HELP = "Who they are to the identity provider (sub). The development issuer's tokens need none."
+_ISSUER_HELP = "Whose tokens they have. Default: SUNSET_OIDC_ISSUER, else the development issuer."
+
+
+def _identity(settings: Settings, issuer: str | None, subject: str | None, own: str) -> tuple[str, str]:
+    """Issuer and subject of somebody new; `own` is the subject in tokens of our own making."""
+    from app.tokens import DEVELOPMENT_ISSUER
+
+    issuer = issuer or _issuer(settings)
+    if subject is None and issuer != DEVELOPMENT_ISSUER:
+        raise typer.BadParameter(f"is needed: who they are to {issuer}", param_hint="--subject")
+    return issuer, subject or own
+
+
+@staff_commands.command("add")
+def staff_add(
+    email: Annotated[str, typer.Argument(metavar="EMAIL")],
+    name: Annotated[str, typer.Option(help="As emails and the API name them.")],
+    role: Annotated[StaffRole, typer.Option(help="What they may do.")],
+    subject: Annotated[str | None, typer.Option(help=_SUBJECT_HELP)] = None,
+    issuer: Annotated[str | None, typer.Option(help=_ISSUER_HELP)] = None,
+) -> None:
+    """Add a person, or activate one again who was deactivated."""
+    from app import provisioning
+    from app.demo import staff_subject
+
+    settings = _settings()
+    issuer, subject = _identity(settings, issuer, subject, staff_subject(email.lower()))
+
+    async def add() -> None:
+        async with _database(settings):
+            await provisioning.add_staff(email=email, name=name, role=role, issuer=issuer, subject=subject)
+
+    _run(add())
+    print(f"{email.lower()} is staff now, as {role.value}.")
+
+
+@staff_commands.command("list")
+def staff_list() -> None:
+    """List everybody: address, name, role, since when deactivated, and their tokens' issuer and subject."""
+    from app import provisioning
+
+    async def read() -> None:
+        async with _database(_settings()):
+            _columns(
+                [
+                    (one.email, one.name, one.role.value, _state(one.deactivated_at), one.issuer, one.subject)
+                    for one in await provisioning.list_staff()
+                ]
+            )
+
+    _run(read())
+
+
+@staff_commands.command("deactivate")
+def staff_deactivate(email: Annotated[str, typer.Argument(metavar="EMAIL")]) -> None:
+    """Take a person's access away, from their next request on."""
+    from app import provisioning
+
+    async def deactivate() -> int:
+        async with _database(_settings()):
+            return await provisioning.deactivate_staff(email)
+
+    accounts = _run(deactivate())
+    print(f"{email.lower()} has no access any more.")
+    if accounts:
+        print(f"{accounts:,} accounts still name them as Customer Success Manager: let a sync or an import change it.")
+
+
+@service_commands.command("add")
+def service_add(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    scope: Annotated[list[Scope], typer.Option(help="What it may do; may be given several times.")],
+    subject: Annotated[str | None, typer.Option(help=_SUBJECT_HELP)] = None,
+    issuer: Annotated[str | None, typer.Option(help=_ISSUER_HELP)] = None,
+) -> None:
+    """Add a service, or activate one again that was deactivated."""
+    from app import provisioning
+    from app.demo import service_subject
+
+    settings = _settings()
+    issuer, subject = _identity(settings, issuer, subject, service_subject(name))
+
+    async def add() -> None:
+        async with _database(settings):
+            await provisioning.add_service(name=name, scopes=frozenset(scope), issuer=issuer, subject=subject)
+
+    _run(add())
+    print(f"{name} is a service now, with {', '.join(sorted(scope))}.")
+
+
+@service_commands.command("list")
+def service_list() -> None:
+    """List every service: name, scopes, since when deactivated, and its tokens' issuer and subject."""
+    from app import provisioning
+
+    async def read() -> None:
+        async with _database(_settings()):
+            _columns(
+                [
+                    (one.name, ",".join(sorted(one.scopes)), _state(one.deactivated_at), one.issuer, one.subject)
+                    for one in await provisioning.list_services()
+                ]
+            )
+
+    _run(read())
+
+
+@service_commands.command("deactivate")
+def service_deactivate(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Take a service's access away, from its next request on."""
+    from app import provisioning
+
+    async def deactivate() -> None:
+        async with _database(_settings()):
+            await provisioning.deactivate_service(name)
+
+    _run(deactivate())
+    print(f"{name} has no access any more.")
+
+
+def _state(deactivated_at: datetime | None) -> str:
+    return "active" if deactivated_at is None else f"deactivated {deactivated_at:%Y-%m-%d}"
+
+
+if __name__ == "__main__":
+    main()

@@ -86,9 +86,9 @@ class _Bound:
 class _Service:
     """What one application holds while it runs."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, shared: Installation) -> None:
         self.settings = settings
-        self.installation = installation(settings)
+        self.installation = shared
         self.database: Database | None = None
 
     @asynccontextmanager
@@ -140,9 +140,10 @@ async def _live(_: Request) -> JSONResponse:
     return JSONResponse({"status": "live"})
 
 
-def create_app(settings: Settings) -> Starlette:
-    """The ASGI application for these settings. Opens nothing until its lifespan begins."""
-    service = _Service(settings)
+def create_app(settings: Settings, shared: Installation | None = None) -> Starlette:
+    """The ASGI application for these settings. Opens nothing until its lifespan begins. `shared` is what
+    `installation` makes of the settings, where the caller has made it already."""
+    service = _Service(settings, shared or installation(settings))
     endpoint = GraphQLEndpoint(SCHEMA, context=service.context, gate=Context.require_caller)
     schema = printed()
 

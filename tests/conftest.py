@@ -9,6 +9,7 @@ import pytest
 from app.db import Database
 from app.db.migrate import migrate
 
+from tests import cast
 from tests.postgres import PostgresServer
 
 
@@ -72,3 +73,17 @@ def database(request: pytest.FixtureRequest) -> Database:
     fixture = {"sqlite": "sqlite_database", "postgresql": "postgres_database"}[request.param]
     opened: Database = request.getfixturevalue(fixture)
     return opened
+
+
+@pytest.fixture
+async def house(database: Database, tmp_path: Path) -> AsyncIterator[cast.Stage]:
+    """The running service with the demo company, on each engine."""
+    async with cast.stage(database, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+async def postgres_house(postgres_database: Database, tmp_path: Path) -> AsyncIterator[cast.Stage]:
+    """The running service with the demo company, on PostgreSQL, where races are real."""
+    async with cast.stage(postgres_database, tmp_path) as running:
+        yield running

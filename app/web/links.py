@@ -18,7 +18,7 @@ from app import accounts, cancellation, errors, feedback, restart
 from app.auth import Call, Installation
 from app.delivery.email import moment
 from app.lifecycle import FeedbackReason, LinkPurpose
-from app.tokens import LinkGrant
+from app.messages import LinkGrant
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined

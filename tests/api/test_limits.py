@@ -6,16 +6,16 @@ from typing import Any
 import httpx2
 import pytest
 import strawberry
-from app.graphql import documents, limits
-from app.graphql.documents import Document, Documents, Recent, Rejection
-from app.graphql.http import GraphQLEndpoint
-from app.graphql.limits import Limits
+from graphql import get_introspection_query
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from graphql import get_introspection_query
+from app.graphql import documents, limits
+from app.graphql.documents import Document, Documents, Recent, Rejection
+from app.graphql.http import GraphQLEndpoint
+from app.graphql.limits import Limits
 
 confirmed: list[str] = []
 

@@ -8,13 +8,13 @@ from uuid import UUID
 
 import pytest
 import strawberry
-from app import errors
-from app.graphql import nodes, scalars
-from hypothesis import given
+from graphql import GraphQLError
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strawberry.schema.config import StrawberryConfig
 
-from graphql import GraphQLError
+from app import errors
+from app.graphql import nodes, scalars
 
 KEY = UUID("0197fb3c-7c1e-7d2a-9d0e-5b1c6f0a1b2c")
 BY_NAME = nodes.Keyset(name="accounts:name", types=(str, UUID))
@@ -23,6 +23,7 @@ NOW = datetime(2026, 11, 23, 9, 30, 0, 123_456, tzinfo=UTC)
 
 
 class TestIds:
+    @settings(deadline=None)
     @given(st.sampled_from(nodes.Kind), st.uuids())
     def test_are_read_back(self, kind: nodes.Kind, key: UUID) -> None:
         node_id = nodes.encode(kind, key)
@@ -65,6 +66,7 @@ class TestIds:
     def test_malformed_are_none(self, malformed: str) -> None:
         assert nodes.decode(malformed) is None
 
+    @settings(deadline=None)
     @given(st.text(max_size=40))
     def test_whatever_text_is_read_is_canonical(self, text: str) -> None:
         named = nodes.decode(text)
@@ -73,6 +75,7 @@ class TestIds:
 
 
 class TestCursors:
+    @settings(deadline=None)
     @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=300), st.uuids())
     def test_are_read_back(self, name: str, key: UUID) -> None:
         assert BY_NAME.position(BY_NAME.cursor(name, key)) == (name, key)
@@ -161,6 +164,7 @@ class TestPageSize:
 
 
 class TestDateTime:
+    @settings(deadline=None)
     @given(st.datetimes(timezones=st.timezones()))
     def test_shown_is_utc_with_milliseconds_and_read_back(self, instant: datetime) -> None:
         try:

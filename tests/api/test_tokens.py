@@ -19,8 +19,10 @@ import app.tokens
 import jwt
 import pytest
 from app.errors import Unauthenticated, Unavailable
+from app.lifecycle import LinkPurpose
+from app.messages import LinkGrant
 from app.settings import Settings, SettingsError
-from app.tokens import Identity, LinkGrant, Tokens, hash_confirmation_token
+from app.tokens import Identity, Tokens, hash_confirmation_token
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -549,7 +551,7 @@ def test_minted_tokens_are_short_lived(tokens: Tokens, lifetime: timedelta) -> N
 # --- Emailed links ---------------------------------------------------------------------------------------------------
 
 GRANT = LinkGrant(
-    purpose="confirm",
+    purpose=LinkPurpose.CONFIRM,
     issuer="https://id.example.com",
     subject="alice",
     account_id=ACCOUNT,
@@ -560,7 +562,7 @@ GRANT = LinkGrant(
 
 async def test_a_link_speaks_for_its_person_and_one_purpose(tokens: Tokens, clock: Clock) -> None:
     """It lives as long as it was made to, longer than any other token."""
-    for purpose in ("confirm", "feedback", "restart"):
+    for purpose in LinkPurpose:
         grant = replace(GRANT, purpose=purpose)
         raw = tokens.mint_link(grant, issued_at=clock.datetime(), expires_at=clock.datetime(days=60))
 
