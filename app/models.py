@@ -154,7 +154,8 @@ class CancellationRequest(Model):
     - one open request (PENDING_ASSISTANCE, PENDING_CONFIRMATION, CONFIRMED) per account: partial unique index;
       one EFFECTIVE request per account: partial unique index
     - confirmation_token_hash and confirmation_expires_at are set together, and always in PENDING_CONFIRMATION
-    - confirmed_at and effective_at are set in CONFIRMED, EFFECTIVE and REVERTED; effective_at never before confirmed_at
+    - confirmed_at and effective_at are set together: always in CONFIRMED, EFFECTIVE and REVERTED, and in WITHDRAWN
+      where a scheduled cancellation was withdrawn; effective_at is never before confirmed_at
     - took_effect_at set exactly in EFFECTIVE and REVERTED
     - closed_at set exactly in WITHDRAWN, SAVED, EXPIRED and REVERTED
     - wrong_tries between 0 and 5

@@ -24,6 +24,16 @@ from app.db.migrate import migrate
 
 _START_SECONDS = 30.0
 
+_CLEAN_UP = """
+cat
+if pid=$(head -n 1 "$0/data/postmaster.pid" 2>/dev/null); then
+    kill -QUIT "$pid" 2>/dev/null
+    while kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
+fi
+rm -rf "$0"
+"""
+"""Waits until its standard input ends, which it does with the tests, also when they are killed."""
+
 
 class PostgresServer:
     """One server, and in it a migrated template that databases are copied from."""
@@ -38,6 +48,9 @@ class PostgresServer:
             self._admin_url = given
             return
         self._directory = Path(tempfile.mkdtemp(prefix="sunset-postgres-"))
+        self._cleaner = subprocess.Popen(
+            ["sh", "-c", _CLEAN_UP, self._directory], stdin=subprocess.PIPE, start_new_session=True
+        )
         try:
             self._set_up(self._directory)
             self.start()
@@ -125,7 +138,7 @@ class PostgresServer:
         """Stop the server and remove every trace; on a given server, drop the template."""
         if self._directory is not None:
             self.stop()
-            shutil.rmtree(self._directory)
+            self._cleaner.communicate()
         elif self._template is not None:
             asyncio.run(self.drop_database(self._template))
 

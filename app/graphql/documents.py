@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, TypeVar
 
 import structlog
+from strawberry.schema.validation_rules.maybe_null import MaybeNullValidationRule
+from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
+
+from app import errors
+from app.graphql.limits import Limits, Measure, check
 from graphql import (
     DocumentNode,
     GraphQLError,
@@ -24,16 +29,13 @@ from graphql import (
     validate,
     visit,
 )
-from strawberry.schema.validation_rules.maybe_null import MaybeNullValidationRule
-from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
-
-from app import errors
-from app.graphql.limits import Limits, Measure, check
 
 _log = structlog.stdlib.get_logger(__name__)
 
 MAX_ERRORS: Final = 5
 """How many errors a client is told of one document or one set of variables."""
+
+UNREADABLE: Final = "A value cannot be read as its type."
 
 _RULES: Final = (*specified_rules, MaybeNullValidationRule, OneOfInputValidationRule)
 _MAX_NAME_CHARACTERS: Final = 100
@@ -181,9 +183,10 @@ def _invalid(error: GraphQLError) -> Mapping[str, Any]:
     cause = innermost(error)
     message = None
     if not isinstance(cause, GraphQLError):
-        # A scalar failed at a literal in a way that it did not write words for; graphql-core would show the exception.
-        _log.error("graphql.scalar_failed", exc_info=cause)
-        message = "A value in the document cannot be read as its type."
+        # A scalar refused a literal without words for clients; graphql-core would show the exception's text.
+        message = UNREADABLE
+        if not isinstance(cause, ValueError):
+            _log.error("graphql.scalar_failed", exc_info=cause)
     return formatted(error, {"code": "GRAPHQL_VALIDATION_FAILED"}, message)
 
 

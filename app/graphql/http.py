@@ -22,7 +22,6 @@ from uuid import uuid4
 import orjson
 import strawberry
 import structlog
-from graphql import ExecutionResult, GraphQLError
 from graphql.language import ValueNode
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -32,8 +31,9 @@ from strawberry.execution.is_awaitable import optimized_is_awaitable
 
 from app import errors
 from app.graphql import scalars
-from app.graphql.documents import MAX_ERRORS, Document, Documents, Rejection, formatted, innermost
+from app.graphql.documents import MAX_ERRORS, UNREADABLE, Document, Documents, Rejection, formatted, innermost
 from app.graphql.limits import Limits
+from graphql import ExecutionResult, GraphQLError
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -204,6 +204,8 @@ class _Shown:
             return formatted(error, cause.extensions, cause.message)
         if isinstance(cause, GraphQLError) and (coercion or _is_coercion(cause)):
             return formatted(error, {"code": errors.BadUserInput.code})
+        if coercion and isinstance(cause, ValueError):
+            return formatted(error, {"code": errors.BadUserInput.code}, UNREADABLE)
         # One failure often breaks several fields, for example all that wait for the same batch.
         if not any(cause is logged for logged in self._logged):
             self._logged.append(cause)

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from app import errors
+from app.graphql import nodes
 from graphql import (
     DocumentNode,
+    ExecutableDefinitionNode,
     FieldNode,
     FragmentDefinitionNode,
     FragmentSpreadNode,
@@ -28,11 +31,11 @@ from graphql import (
     get_named_type,
 )
 
-from app import errors
-from app.graphql import nodes
-
 _MAX_NESTING: Final = 100
 """Selection sets and fragments inside each other, followed before giving up: it bounds this module's own recursion."""
+
+_MAX_STEPS_PER_FIELD: Final = 10
+"""Selections that are followed in all definitions together, for each field that one of them may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,8 @@ class Limits:
     """Of mutations in one operation, aliased or not."""
     rows: int = 25_000
     """Of list items that the `first` arguments allow, pages within pages multiplied. A variable counts as 100."""
+    overlaps: int = 5_000
+    """Of pairs of fields in the same place of the answer, in all definitions: the standard rules compare each pair."""
 
 
 class Measure(NamedTuple):
@@ -102,6 +107,7 @@ def check(document: DocumentNode, schema: GraphQLSchema, limits: Limits) -> list
             raise _too_complex("has more directives, fragments included,", "directives", limits.directives)
         if measure.rows > limits.rows:
             raise _too_complex("can load more list items, pages within pages multiplied,", "rows", limits.rows)
+        ruler.compare(definition, limits)
     return measured
 
 
@@ -120,6 +126,8 @@ class _Ruler:
             if isinstance(definition, FragmentDefinitionNode)
         }
         self._measured: dict[str, Measure] = {}
+        self._steps = 0
+        self._overlaps = 0
 
     def operation(self, node: OperationDefinitionNode) -> Measure:
         measure = self._selections(node.selection_set.selections, self._schema.get_root_type(node.operation), 0)
@@ -135,6 +143,37 @@ class _Ruler:
                 known = self._selections(definition.selection_set.selections, on, nesting)
                 self._measured[name] = known
         return known
+
+    def compare(self, definition: ExecutableDefinitionNode, limits: Limits) -> None:
+        """Count how often fields share a place in the answer, as in `{ a { b } a { b } }`.
+
+        This follows every spread, which is affordable only because `definition` is known to select few fields.
+        """
+        places: dict[tuple[int, str], int] = {}
+        selected = [0]
+        pending = [(definition.selection_set, 0, frozenset[str]())]
+        while pending:
+            selection_set, place, within = pending.pop()
+            for node in selection_set.selections:
+                self._steps += 1
+                if isinstance(node, FieldNode):
+                    below = places.setdefault((place, (node.alias or node.name).value), len(selected))
+                    if below == len(selected):
+                        selected.append(0)
+                    self._overlaps += selected[below]
+                    selected[below] += 1
+                    if node.selection_set:
+                        pending.append((node.selection_set, below, within))
+                elif isinstance(node, InlineFragmentNode):
+                    pending.append((node.selection_set, place, within))
+                elif isinstance(node, FragmentSpreadNode):
+                    name = node.name.value
+                    if name in self._definitions and name not in within:
+                        pending.append((self._definitions[name].selection_set, place, within | {name}))
+            if self._overlaps > limits.overlaps:
+                raise _too_complex("selects the same fields more often", "overlaps", limits.overlaps)
+            if self._steps > limits.fields * _MAX_STEPS_PER_FIELD:
+                raise _too_complex("spreads fragments too often to select no more fields", "fields", limits.fields)
 
     def _selections(self, selections: Sequence[SelectionNode], on: GraphQLNamedType | None, nesting: int) -> Measure:
         if nesting > _MAX_NESTING:

@@ -4,12 +4,12 @@ Plain and script-free. A GET shows a form and changes nothing, because mail scan
 the link's token as the bearer. Pages may not be framed, cached, or leak their address to others.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
@@ -49,7 +49,7 @@ def _page(installation: Installation, purpose: LinkPurpose) -> Callable[[Request
     async def page(request: Request) -> HTMLResponse:
         try:
             form = await _form(request) if request.method == "POST" else None
-            token = str(form.get("token", "")) if form is not None else request.query_params.get("token", "")
+            token = form.get("token", "") if form is not None else request.query_params.get("token", "")
             identity = await installation.tokens.verify(token)
             grant = identity.grant
             if grant is None or grant.purpose != purpose:
@@ -74,10 +74,17 @@ def _page(installation: Installation, purpose: LinkPurpose) -> Callable[[Request
     return page
 
 
-async def _form(request: Request) -> FormData:
-    if int(request.headers.get("content-length") or _MAX_FORM_BYTES + 1) > _MAX_FORM_BYTES:
-        raise errors.PayloadTooLarge("The form is too large.")
-    return await request.form(max_files=0, max_fields=10)
+async def _form(request: Request) -> Mapping[str, str]:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_FORM_BYTES:
+            raise errors.PayloadTooLarge("The form is too large.")
+    try:
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=10)
+    except ValueError:
+        raise errors.BadUserInput("The form is not readable.") from None
+    return {name: value.replace("\0", "") for name, value in pairs}
 
 
 def _show(template: str, values: dict[str, Any], *, status: int = 200) -> HTMLResponse:
@@ -97,25 +104,23 @@ async def _facts(call: Call, grant: LinkGrant) -> dict[str, Any]:
     }
 
 
-async def _confirm(call: Call, grant: LinkGrant, form: FormData) -> dict[str, Any]:
+async def _confirm(call: Call, grant: LinkGrant, form: Mapping[str, str]) -> dict[str, Any]:
     account = await cancellation.confirm(
-        call, grant.request_id, confirmation_token=None, account_name=str(form.get("accountName", ""))
+        call, grant.request_id, confirmation_token=None, account_name=form.get("accountName", "")
     )
     return {"account": account, "billing": call.policy.billing_team}
 
 
-async def _feedback(call: Call, grant: LinkGrant, form: FormData) -> dict[str, Any]:
-    reason = str(form.get("reason", ""))
+async def _feedback(call: Call, grant: LinkGrant, form: Mapping[str, str]) -> dict[str, Any]:
+    reason = form.get("reason", "")
     if reason not in FeedbackReason.__members__:
         raise errors.InvalidInput("Please choose a reason.", field="reason")
-    await feedback.submit(
-        call, grant.request_id, reason=FeedbackReason[reason], comment=str(form.get("comment", "")).replace("\0", "")
-    )
+    await feedback.submit(call, grant.request_id, reason=FeedbackReason[reason], comment=form.get("comment", ""))
     return {}
 
 
-async def _restart(call: Call, grant: LinkGrant, form: FormData) -> dict[str, Any]:
-    account = await restart.request_restart(call, note=str(form.get("note", "")).replace("\0", ""))
+async def _restart(call: Call, grant: LinkGrant, form: Mapping[str, str]) -> dict[str, Any]:
+    account = await restart.request_restart(call, note=form.get("note", ""))
     return {"account": account, "billing": call.policy.billing_team}
 
 

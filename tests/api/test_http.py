@@ -12,6 +12,10 @@ import httpx2
 import pytest
 import strawberry
 import structlog
+from app import errors
+from app.graphql import scalars
+from app.graphql.http import GraphQLEndpoint
+from app.graphql.limits import Limits
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
@@ -19,11 +23,6 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 from strawberry.schema.config import StrawberryConfig
 from structlog.testing import capture_logs
-
-from app import errors
-from app.graphql import scalars
-from app.graphql.http import GraphQLEndpoint
-from app.graphql.limits import Limits
 
 JSON = "application/json"
 GRAPHQL_JSON = "application/graphql-response+json"
@@ -593,6 +592,9 @@ class TestGate:
         assert response.json() == {"data": {"__schema": {"queryType": {"name": "Query"}}}}
 
 
+HUGE_NUMBER = {"query": "{ required(first: " + "9" * 5_000 + ") }"}
+
+
 class TestMasking:
     @pytest.mark.parametrize("query", ["fails", "failsAsync", "wrongType", "null", "rawError"])
     def test_shows_no_failure_and_logs_it_whole_with_the_request_id(self, client: TestClient, query: str) -> None:
@@ -629,7 +631,7 @@ class TestMasking:
             "extensions": {"code": "FORBIDDEN", "since": "2026-01-02T00:00:00.000Z"},
         }
 
-    @pytest.mark.parametrize("body", [{"query": "{"}, {"query": "{ x }"}, {"query": "{ forbidden }"}, {}])
+    @pytest.mark.parametrize("body", [{"query": "{"}, {"query": "{ x }"}, {"query": "{ forbidden }"}, {}, HUGE_NUMBER])
     def test_does_not_log_what_clients_do_wrong_as_errors(self, client: TestClient, body: dict[str, str]) -> None:
         with capture_logs() as logs:
             client.post("/graphql", json=body)

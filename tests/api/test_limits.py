@@ -6,16 +6,16 @@ from typing import Any
 import httpx2
 import pytest
 import strawberry
-from graphql import get_introspection_query
+from app.graphql import documents, limits
+from app.graphql.documents import Document, Documents, Recent, Rejection
+from app.graphql.http import GraphQLEndpoint
+from app.graphql.limits import Limits
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from app.graphql import documents, limits
-from app.graphql.documents import Document, Documents, Recent, Rejection
-from app.graphql.http import GraphQLEndpoint
-from app.graphql.limits import Limits
+from graphql import get_introspection_query
 
 confirmed: list[str] = []
 
@@ -55,7 +55,15 @@ class Mutation:
 schema = strawberry.Schema(Query, Mutation)
 graphql_schema = schema._schema
 LIMITS = Limits(
-    tokens=12_000, query_characters=150_000, depth=6, fields=60, aliases=10, directives=4, root_mutations=3, rows=5_000
+    tokens=12_000,
+    query_characters=150_000,
+    depth=6,
+    fields=60,
+    aliases=10,
+    directives=4,
+    root_mutations=3,
+    rows=5_000,
+    overlaps=500,
 )
 
 
@@ -112,6 +120,11 @@ def bomb(levels: int, spreads: int = 2) -> str:
         ("query ($n: Int) { items(first: $n) { items(first: $n) { name } } }", "rows"),
         ("query ($n: Int) { items(first: $n) { ...F } } fragment F on Item { items(first: 100000) { name } }", "rows"),
         ("query ($n: Int) { items(first: $n) { ... { items(first: $n) { name } } } }", "rows"),
+        ("{" + "item { name } " * 25 + "}", "overlaps"),
+        ("{" + "...F " * 25 + "} fragment F on Query { item { name } }", "overlaps"),
+        ("{ item { name } } fragment F on Query {" + "item { name } " * 25 + "}", "overlaps"),
+        ("{" + "item { " * 5 + "name" + " }" * 5 + "}" + "fragment F on Query {" + "item { name } " * 25 + "}", "overlaps"),
+        ("{ ...F0 } " + "".join(f"fragment F{i} on Query {{ ...F{i + 1} ...F{i + 1} }}" for i in range(30)) + "fragment F30 on Query { ...F0 }", "fields"),
         ("mutation {" + " ".join(f'confirm(token: "{i}")' for i in range(4)) + "}", "root_mutations"),
         ("mutation { ...F ...F } fragment F on Mutation { ... { a: __typename b: __typename } }", "root_mutations"),
         ("{ item { name } " + " " * 150_000 + "}", "tokens"),
@@ -128,7 +141,7 @@ def test_each_limit_refuses_what_exceeds_it(client: TestClient, query: str, limi
     "query",
     [
         "{ item { parent { parent { parent { parent { name } } } } } }",
-        "{ item { " + "name " * 59 + "} }",
+        "{ item { " + " ".join(["name", "parent { name }"] * 19) + "} }",
         "{" + " ".join(f"a{i}: item {{ name }}" for i in range(10)) + "}",
         "{ items(first: 100) { items(first: 40) { name } } }",
         "{ items(first: null) { items { name } } }",

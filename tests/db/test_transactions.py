@@ -257,7 +257,7 @@ async def test_waiting_for_a_connection_ends(database: Database, monkeypatch: py
             holder = asyncio.create_task(hold())
             await entered.wait()
             with pytest.raises(Unavailable):
-                async with db.transaction():
+                async with asyncio.timeout(30), db.transaction():
                     raise AssertionError
             leave.set()
             await holder
@@ -266,6 +266,26 @@ async def test_waiting_for_a_connection_ends(database: Database, monkeypatch: py
             assert await subjects() == {"s"}
     finally:
         await narrow.close()
+
+
+@pytest.mark.postgres
+async def test_connections_that_died_idle_are_replaced_unnoticed(postgres_database: Database) -> None:
+    """Nobody has to be told `Unavailable` for each of them."""
+    await asyncio.gather(*(db.fetch("SELECT pg_sleep(0.01)") for _ in range(5)))
+    other = await Database.open(postgres_database.url, pool_size=1)
+    try:
+        with other.bind():
+            others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            ended = await db.fetch_one(f"SELECT count(pg_terminate_backend(pid)) AS n {others}")
+            assert ended is not None
+            assert ended["n"] > 1
+            while await db.fetch_one(f"SELECT 1 AS one {others}"):
+                pass
+    finally:
+        await other.close()
+    async with db.transaction():
+        await insert("s")
+    await asyncio.gather(*(subjects() for _ in range(5)))
 
 
 @pytest.mark.postgres

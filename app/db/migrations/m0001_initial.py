@@ -295,12 +295,12 @@ CHECKS = [
     Check(
         "cancellation_request",
         "confirmed_at",
-        _exactly("confirmed_at", _one_of("status", "CONFIRMED EFFECTIVE REVERTED")),
+        f"{_exactly('confirmed_at', _one_of('status', 'CONFIRMED EFFECTIVE REVERTED'))} OR NEW.status = 'WITHDRAWN'",
     ),
     Check(
         "cancellation_request",
         "effective_at",
-        _exactly("effective_at", _one_of("status", "CONFIRMED EFFECTIVE REVERTED")),
+        "(NEW.effective_at IS NULL) = (NEW.confirmed_at IS NULL)",  # a scheduled one keeps both when it is withdrawn
     ),
     Check("cancellation_request", "effective_after_confirmed", "NEW.effective_at >= NEW.confirmed_at"),
     Check(
