@@ -11,11 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, TypeVar
 
 import structlog
-from strawberry.schema.validation_rules.maybe_null import MaybeNullValidationRule
-from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
-
-from app import errors
-from app.graphql.limits import Limits, Measure, check
 from graphql import (
     DocumentNode,
     GraphQLError,
@@ -29,6 +24,11 @@ from graphql import (
     validate,
     visit,
 )
+from strawberry.schema.validation_rules.maybe_null import MaybeNullValidationRule
+from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
+
+from app import errors
+from app.graphql.limits import Limits, Measure, check
 
 _log = structlog.stdlib.get_logger(__name__)
 

@@ -22,6 +22,7 @@ from uuid import uuid4
 import orjson
 import strawberry
 import structlog
+from graphql import ExecutionResult, GraphQLError
 from graphql.language import ValueNode
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -33,7 +34,6 @@ from app import errors
 from app.graphql import scalars
 from app.graphql.documents import MAX_ERRORS, UNREADABLE, Document, Documents, Rejection, formatted, innermost
 from app.graphql.limits import Limits
-from graphql import ExecutionResult, GraphQLError
 
 _log = structlog.stdlib.get_logger(__name__)
 

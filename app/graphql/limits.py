@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from app import errors
-from app.graphql import nodes
 from graphql import (
     DocumentNode,
     ExecutableDefinitionNode,
@@ -30,6 +28,9 @@ from graphql import (
     SelectionNode,
     get_named_type,
 )
+
+from app import errors
+from app.graphql import nodes
 
 _MAX_NESTING: Final = 100
 """Selection sets and fragments inside each other, followed before giving up: it bounds this module's own recursion."""

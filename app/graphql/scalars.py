@@ -10,9 +10,8 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import strawberry
-from strawberry.types.scalar import ScalarDefinition
-
 from graphql import GraphQLError
+from strawberry.types.scalar import ScalarDefinition
 
 _RFC_3339: Final = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(?:\.\d{1,9})?(?:Z|[+-]\d{2}:\d{2})", re.ASCII)
 _EXPECTED: Final = (

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from app.web import graphiql
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
+
+from app.web import graphiql
 
 
 @pytest.fixture

@@ -12,10 +12,6 @@ import httpx2
 import pytest
 import strawberry
 import structlog
-from app import errors
-from app.graphql import scalars
-from app.graphql.http import GraphQLEndpoint
-from app.graphql.limits import Limits
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
@@ -23,6 +19,11 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 from strawberry.schema.config import StrawberryConfig
 from structlog.testing import capture_logs
+
+from app import errors
+from app.graphql import scalars
+from app.graphql.http import GraphQLEndpoint
+from app.graphql.limits import Limits
 
 JSON = "application/json"
 GRAPHQL_JSON = "application/graphql-response+json"

@@ -8,13 +8,13 @@ from uuid import UUID
 
 import pytest
 import strawberry
-from app import errors
-from app.graphql import nodes, scalars
+from graphql import GraphQLError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strawberry.schema.config import StrawberryConfig
 
-from graphql import GraphQLError
+from app import errors
+from app.graphql import nodes, scalars
 
 KEY = UUID("0197fb3c-7c1e-7d2a-9d0e-5b1c6f0a1b2c")
 BY_NAME = nodes.Keyset(name="accounts:name", types=(str, UUID))

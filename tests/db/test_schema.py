@@ -248,8 +248,8 @@ ATTEMPTS = [
     Attempt(
         "cancellation_request_confirmation", request(confirmation_token_hash="NULL", confirmation_expires_at="NULL")
     ),
-    Attempt("cancellation_request_confirmed_at", change_request(f"confirmed_at = {day(1)}")),
-    Attempt("cancellation_request_confirmed_at", change_request("confirmed_at = NULL", EFFECTIVE)),
+    Attempt("cancellation_request_confirmed_at", change_request(f"confirmed_at = {day(1)}, effective_at = {day(9)}")),
+    Attempt("cancellation_request_confirmed_at", change_request("confirmed_at = NULL, effective_at = NULL", EFFECTIVE)),
     Attempt("cancellation_request_effective_at", change_request(f"effective_at = {day(1)}")),
     Attempt("cancellation_request_effective_at", change_request("effective_at = NULL", CONFIRMED)),
     Attempt("cancellation_request_effective_after_confirmed", change_request(f"effective_at = {day(0)}", EFFECTIVE)),
