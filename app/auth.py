@@ -10,6 +10,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import structlog
+
 from app import accounts, db, errors
 from app.accounts import AccountView
 from app.lifecycle import (
@@ -210,6 +212,8 @@ async def identify(call: Call, account_id: UUID | None = None) -> Caller:
 
 async def _read(call: Call, account_id: UUID | None) -> Caller:
     identity = call.identity
+    if account_id is not None:
+        structlog.contextvars.bind_contextvars(account_id=str(account_id))
     row = await db.fetch_one(_IDENTIFY.format(now=db.now_sql()), identity.issuer, identity.subject, account_id)
     assert row is not None
     return Caller(

@@ -4,19 +4,22 @@ Several services can live in one process: each has its own database, bound for e
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from email.utils import parseaddr
 from pathlib import Path
+from typing import Any
 
 import structlog
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import db, errors, policy
 from app.auth import Call, Installation
@@ -66,6 +69,43 @@ async def check_plans(shared: Installation) -> None:
     missing = shared.policy.missing_plans(row["plan_code"] for row in rows)
     if missing:
         raise policy.PolicyError(f"Accounts are on plans that the policy does not have: {', '.join(missing)}")
+
+
+_UNLOGGED = frozenset({"/livez", "/readyz"})
+
+
+class _Logged:
+    """One line for each request: what, how it ended, how long it took, and about which account. No query string:
+    an emailed link's token would be in it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _UNLOGGED:
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        answer: dict[str, Any] = {"status": None}
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer["status"] = message["status"]
+                answer["request_id"] = Headers(raw=message["headers"]).get("x-request-id")
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            operation = scope.get("state", {}).get("operation")
+            _log.info(
+                "http.request",
+                method=scope["method"],
+                path=scope["path"],
+                operation=operation and operation.name,
+                milliseconds=round((time.perf_counter() - began) * 1000, 1),
+                **answer,
+            )
 
 
 class _Bound:
@@ -164,4 +204,5 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
         routes += mailbox.routes(settings.data_dir / "mailbox")
     app = Starlette(routes=routes, lifespan=service.lifespan)
     app.add_middleware(_Bound, service=service)
+    app.add_middleware(_Logged)
     return app

@@ -369,7 +369,7 @@ class Settings:
     )
     smtp_timeout: int = field(
         metadata=_setting(
-            "Seconds that one step of a conversation with the mail server may take.",
+            "Seconds that handing one message to the mail server may take.",
             default="30",
             example="10",
             parse=partial(_integer, least=1, most=600),

@@ -12,6 +12,8 @@ from typing import Any, cast
 from uuid import UUID
 
 import httpx2
+from starlette.applications import Starlette
+
 from app import accounts, demo, main
 from app.auth import Call, Installation
 from app.db import Database
@@ -19,7 +21,6 @@ from app.delivery.email import FolderMailer
 from app.graphql import nodes
 from app.settings import Settings
 from app.worker import Worker
-from starlette.applications import Starlette
 
 ALICE, CAROL, BOB = "alice@acme.example", "carol@acme.example", "bob@acme.example"
 GINA = "gina@globex.example"

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+
 from app.db import Database
 from app.db.migrate import migrate
-
 from tests import cast
 from tests.postgres import PostgresServer
 

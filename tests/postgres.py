@@ -19,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import asyncpg
+
 from app.db import Database
 from app.db.migrate import migrate
 

@@ -26,6 +26,7 @@ from typing import Any
 from uuid import UUID
 
 import aiosqlite
+from aiosqlite.core import _STOP_RUNNING_SENTINEL
 from tortoise.backends.base.client import TransactionContext
 from tortoise.backends.sqlite.client import SqliteClient as TortoiseSqliteClient
 from tortoise.exceptions import IntegrityError, OperationalError
@@ -65,6 +66,18 @@ class _Connection(aiosqlite.Connection):
     def __init__(self, file_path: str) -> None:
         super().__init__(lambda: _connect(file_path), iter_chunk_size=64)
         self._thread.daemon = True
+
+    def stop(self) -> None:
+        """End the thread behind what it is doing. The original answers into the event loop, which after a failed
+        opening may be closed before the thread gets there."""
+        self._running = False
+        self._tx.put_nowait((None, self._close_and_stop))
+
+    def _close_and_stop(self) -> object:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        return _STOP_RUNNING_SENTINEL
 
     async def count(self, sql: str, args: tuple[Any, ...]) -> int:
         """Run one statement and count the rows it changed; triggers and cascades do not count."""

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+
 from app import db, demo, errors, policy, provisioning
 from app.auth import Installation
 from app.db import Database

@@ -7,10 +7,10 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+
 from app import cancellation, db, policy
 from app.db import Database
 from app.lifecycle import CancellationTiming, Channel
-
 from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, GINA, SUPPORT, Stage, stage
 
 STATUS = """query($id: ID!) { account(id: $id) { name status canSendMessages membersCanSignIn

@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import app.tokens
 import jwt
 import pytest
-from app.errors import Unauthenticated, Unavailable
-from app.lifecycle import LinkPurpose
-from app.messages import LinkGrant
-from app.settings import Settings, SettingsError
-from app.tokens import Identity, Tokens, hash_confirmation_token
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+import app.tokens
+from app.errors import Unauthenticated, Unavailable
+from app.lifecycle import LinkPurpose
+from app.messages import LinkGrant
+from app.settings import Settings, SettingsError
+from app.tokens import Identity, Tokens, hash_confirmation_token
 
 AUDIENCE = "sunset-api"
 ACCOUNT, REQUEST = UUID(int=1), UUID(int=2)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jwt
 import pytest
+
 from app import cli, policy
 from app.graphql.schema import printed
 from app.settings import Settings

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
+
 from app import db, errors, importing, policy, provisioning
 from app.auth import Installation
 from app.db import Database

@@ -1,10 +1,13 @@
 """Opening, raw statements, values and clocks: the same on both engines."""
 
+import asyncio
+import threading
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
+
 from app import db
 from app.db import Database
 from app.errors import Unavailable
@@ -167,6 +170,22 @@ async def test_a_wrong_url_is_refused(url: str) -> None:
 async def test_a_database_that_is_away_is_unavailable(url: str) -> None:
     with pytest.raises(Unavailable):
         await Database.open(url)
+
+
+def test_a_failed_opening_leaves_no_thread_behind(capfd: pytest.CaptureFixture[str]) -> None:
+    """The driver's thread ends in peace when the event loop is gone before it."""
+
+    async def fail() -> None:
+        with pytest.raises(Unavailable):
+            await Database.open("sqlite:///nowhere/at/all/sunset.db")
+
+    before = threading.enumerate()
+    for _ in range(50):
+        asyncio.run(fail())
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join(timeout=30)
+    assert threading.enumerate() == before
+    assert "Exception in thread" not in capfd.readouterr().err
 
 
 async def test_opening_creates_no_table(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
+
 from app import db
 from app.db import Database
-
 from tests.postgres import PostgresServer
 
 LONG = 30.0

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tortoise.exceptions import OperationalError
+
 from app import db
 from app.db import Database
 from app.db.migrate import migrate, pending
 from app.models import Staff
-from tortoise.exceptions import OperationalError
-
 from tests.postgres import PostgresServer
 
 ALL = ["m0001_initial"]

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from app import db
-from app.db import Database, IntegrityError
-from app.db.migrations import m0001_initial
 from tortoise.connection import get_connection
 from tortoise.utils import generate_schema_for_client
 
+from app import db
+from app.db import Database, IntegrityError
+from app.db.migrations import m0001_initial
 from tests.postgres import PostgresServer
 
 

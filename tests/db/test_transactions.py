@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tortoise.exceptions import TransactionManagementError
+
 from app import db
 from app.db import Database, asyncpg_backend, sqlite_backend
 from app.errors import Unavailable
 from app.lifecycle import StaffRole
 from app.models import Staff
-from tortoise.exceptions import TransactionManagementError
-
 from tests.postgres import PostgresServer
 
 INSERT = (

@@ -10,6 +10,10 @@ from email.policy import default
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
 from app.delivery.email import (
     DeliveryError,
     FolderMailer,
@@ -21,10 +25,6 @@ from app.delivery.email import (
     mailer_from_settings,
 )
 from app.settings import Settings
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from structlog.testing import capture_logs
-
 from tests.delivery.smtp_server import SmtpServer, self_made_certificate
 
 PROMISED_AT = datetime(2026, 11, 23, 14, 5, 7, tzinfo=UTC)

@@ -7,10 +7,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from app.delivery.email import FolderMailer, Recipient, Rendered, compose
-from app.web import mailbox
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
+
+from app.delivery.email import FolderMailer, Recipient, Rendered, compose
+from app.web import mailbox
 
 START = datetime(2026, 11, 23, 14, 5, tzinfo=UTC)
 LINK = "https://sunset.example/links/restart?token=a.b-c_d"

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
+
 from app import messages, policy
 from app.delivery import email as delivery
 from app.delivery.email import Recipient, Rendered, duration, moment, render
 from app.delivery.preview import preview, samples
 from app.errors import Contact
 from app.policy import Policy
-from jinja2 import UndefinedError
 
 TEMPLATES = Path(delivery.__file__).with_name("templates")
 SHIPPED = policy.load()

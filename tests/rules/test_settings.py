@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from app.settings import Documentation, Settings, SettingsError, is_loopback
 
 SECRET = "1f0c5b7a9d3e8264" * 4
