@@ -315,8 +315,8 @@ def _account_conditions(where: _Where, wanted: AccountFilter) -> None:
             f"WHERE issuer = {where.arg(issuer)} AND subject = {where.arg(subject)})"
         )
     if wanted.search:
-        escaped = wanted.search.lower().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-        pattern = where.arg(f"%{escaped}%")
+        escaped = wanted.search.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+        pattern = f"LOWER({where.arg(f'%{escaped}%')})"
         where.add(
             f"(LOWER(a.name) LIKE {pattern} ESCAPE '\\' OR LOWER(a.reference) LIKE {pattern} ESCAPE '\\' OR EXISTS "
             f"(SELECT 1 FROM member m WHERE m.account_id = a.id AND LOWER(m.email) LIKE {pattern} ESCAPE '\\'))"
@@ -333,6 +333,8 @@ async def page(
     where = _Where()
     _account_conditions(where, wanted)
     key = _SORT_SQL[sort]
+    if sort is AccountSort.NAME and db.dialect() == "postgresql":
+        key += ' COLLATE "C"'  # by code points, as on SQLite, whatever the server's language
     order, beyond = ("DESC", "<") if descending else ("ASC", ">")
     if sort is AccountSort.DELETION_SCHEDULED_FOR:
         where.add(f"{key} IS NOT NULL")  # An account without the date has no place in an order by it.

@@ -120,7 +120,10 @@ class Caller:
         return self.account
 
     def has_billing_permission(self) -> bool:
-        """On the account asked about: a member with the permission, or staff, who reads everything."""
+        """On the account asked about: a member with the permission, or staff, who reads everything. A link's bearer
+        never: it lets them do one thing and read nothing."""
+        if self.identity.grant is not None:
+            return False
         return self.staff is not None or (self.member is not None and self.member.has_billing_permission)
 
     def actor(self) -> Actor:
@@ -304,10 +307,18 @@ def _member(row: dict[str, Any]) -> MemberFacts | None:
 # ------------------------------------------------------------------------------------------------- requirements
 
 
+async def require_known(call: Call) -> Caller:
+    """The caller, when they speak for themselves and not as the bearer of a link. Raises `Forbidden`."""
+    caller = await identify(call)
+    if caller.identity.grant is not None:
+        raise errors.Forbidden("The link in an email is good for what it says, and for nothing else.")
+    return caller
+
+
 async def require_staff(call: Call) -> Caller:
     """The caller, when they are staff of any role. Raises `Forbidden`."""
-    caller = await identify(call)
-    if caller.staff is None or caller.identity.grant is not None:
+    caller = await require_known(call)
+    if caller.staff is None:
         raise errors.Forbidden("This is for staff.")
     return caller
 

@@ -183,7 +183,7 @@ async def _advance(
 def _opened_by_staff(request: CancellationRequest, acting: Acting, note: str | None) -> None:
     request.opened_by_staff_at = acting.now
     request.opened_by_staff_id = acting.actor.id
-    request.staff_note = note
+    request.staff_note = note  # type: ignore[assignment]  # a TextField is typed as if never null
 
 
 def _await_confirmation(installation: Installation, request: CancellationRequest, now: datetime) -> None:

@@ -246,15 +246,20 @@ def worker() -> None:
 
 
 async def _work(settings: Settings) -> None:
+    import structlog
+
     from app import main as service
 
+    log = structlog.stdlib.get_logger(__name__)
     shared = service.installation(settings)
     async with _database(settings):
         await service.check_plans(shared)
         own = service.worker(settings, shared)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, own.stop)
+        log.info("worker.started")
         await own.run()
+        log.info("worker.stopped")
 
 
 @app.command()

@@ -201,7 +201,7 @@ def _unique(table: _Table, key: str, values: list[T], code: Callable[[T], str]) 
     seen: set[str] = set()
     for value in values:
         if code(value) in seen:
-            raise table.error(key, f"the code {code(value)!r} stands twice")
+            raise table.error(key, f"the code {str(code(value))!r} stands twice")
         seen.add(code(value))
     return values
 

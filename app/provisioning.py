@@ -269,7 +269,7 @@ class _Batch:
         }
 
     async def _create(self, wanted: dict[str, dict[str, Any]], now: datetime) -> None:
-        rows = [{"id": db.uuid7(), "reference": reference, **row} for reference, row in sorted(wanted.items())]
+        rows = [{"id": db.uuid7(), "reference": reference, **row} for reference, row in wanted.items()]
         created = await db.fetch(
             "INSERT INTO account (id, reference, name, plan_code, current_period_end, csm_id, status, epoch, "
             "last_sequence, created_at) SELECT id, reference, name, plan_code, current_period_end, csm_id, 'ACTIVE', "

@@ -451,6 +451,7 @@ class _ProviderKeys:
         local = is_loopback(urlsplit(self._jwks_url or self._issuer).hostname or "")
         return httpx2.AsyncClient(
             follow_redirects=False,
+            timeout=None,  # one deadline for the whole fetch, which a server that drips cannot stretch
             trust_env=not local,
             headers={"accept": "application/json", "accept-encoding": "identity"},
         )
@@ -507,11 +508,9 @@ def _usable_key(entry: Mapping[str, Any]) -> _ProviderKey | None:
         return None
     # The public members alone: a private key published by mistake is not loaded, a symmetric one cannot be.
     public = {name: entry[name] for name in ("kty", "n", "e", "crv", "x", "y") if name in entry}
-    if public.get("kty") not in ("RSA", "EC", "OKP"):
-        return None
     try:
         key = jwt.PyJWK(public).key
-    except (jwt.PyJWTError, ValueError, TypeError, KeyError):
+    except jwt.PyJWTError:
         return None
     if not isinstance(key, RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey):
         return None

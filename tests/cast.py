@@ -123,7 +123,7 @@ class Stage:
         await self.worker().drain()
         parser = BytesParser(policy=email_policy.default)
         files = sorted(self.mail.glob("*.eml")) if self.mail.exists() else []
-        return [cast("EmailMessage", parser.parsebytes(file.read_bytes())) for file in files]
+        return [parser.parsebytes(file.read_bytes()) for file in files]
 
 
 def settings(directory: Path, database_url: str, **environ: str) -> Settings:

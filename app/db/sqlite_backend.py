@@ -109,10 +109,16 @@ class _Connection(aiosqlite.Connection):
             self._conn.execute(statement)
 
 
+def _lower(text: str | None) -> str | None:
+    """SQLite's own knows ASCII alone, and would find neither "école" nor "École" as the other."""
+    return None if text is None else text.lower()
+
+
 def _connect(file_path: str) -> sqlite3.Connection:
     connection = sqlite3.connect(file_path, timeout=_BUSY_SECONDS, isolation_level=None, cached_statements=512)
     try:
         connection.row_factory = sqlite3.Row
+        connection.create_function("lower", 1, _lower, deterministic=True)
         deadline = time.monotonic() + _BUSY_SECONDS
         while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
             try:

@@ -11,7 +11,7 @@ from strawberry.dataloader import DataLoader
 
 from app import accounts, history
 from app.accounts import FeedbackView, MemberView, OfferView, Person, RequestView
-from app.auth import Call, identify
+from app.auth import Call, require_known
 from app.history import TransitionView
 from app.policy import Policy
 
@@ -32,7 +32,7 @@ class Context:
 
     async def require_caller(self) -> None:
         """Refuse who is not known, or has lost access, before anything of the schema is answered."""
-        await identify(self.call)
+        await require_known(self.call)
 
     @cached_property
     def feedback(self) -> DataLoader[UUID, list[FeedbackView]]:

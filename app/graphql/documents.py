@@ -20,12 +20,9 @@ from graphql import (
     StringValueNode,
     Visitor,
     parse,
-    specified_rules,
     validate,
     visit,
 )
-from strawberry.schema.validation_rules.maybe_null import MaybeNullValidationRule
-from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
 from app import errors
 from app.graphql.limits import Limits, Measure, check
@@ -37,7 +34,6 @@ MAX_ERRORS: Final = 5
 
 UNREADABLE: Final = "A value cannot be read as its type."
 
-_RULES: Final = (*specified_rules, MaybeNullValidationRule, OneOfInputValidationRule)
 _MAX_NAME_CHARACTERS: Final = 100
 
 _Value = TypeVar("_Value")
@@ -141,7 +137,7 @@ class Documents:
             return Rejection([formatted(error, {"code": "GRAPHQL_PARSE_FAILED"})])
         except errors.RequestError as error:
             return Rejection([{"message": error.message, "extensions": error.extensions}])
-        if invalid := validate(self._schema, ast, _RULES, max_errors=MAX_ERRORS, hide_suggestions=True):
+        if invalid := validate(self._schema, ast, max_errors=MAX_ERRORS, hide_suggestions=True):
             return Rejection(list(map(_invalid, invalid[:MAX_ERRORS])))
         definitions = [node for node in ast.definitions if isinstance(node, OperationDefinitionNode)]
         return Document(ast, dict(map(_operation, definitions, measures)))

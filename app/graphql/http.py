@@ -161,19 +161,16 @@ class GraphQLEndpoint(Generic[Context]):
     async def _run(
         self, document: Document, parameters: _Parameters, context: Context, request: Request, media_type: str
     ) -> Response:
-        try:
-            executor = self._schema.execution_context_class.build(
-                self._schema._schema,
-                document.ast,
-                context_value=context,
-                raw_variable_values=parameters.variables,
-                operation_name=parameters.operation_name,
-                max_coercion_errors=MAX_ERRORS,
-                is_awaitable=cast("Any", optimized_is_awaitable),  # the same test, quicker for what resolvers return
-                hide_suggestions=True,
-            )
-        except GraphQLError as unusable:
-            executor = [unusable]
+        executor = self._schema.execution_context_class.build(
+            self._schema._schema,
+            document.ast,
+            context_value=context,
+            raw_variable_values=parameters.variables,
+            operation_name=parameters.operation_name,
+            max_coercion_errors=MAX_ERRORS,
+            is_awaitable=cast("Any", optimized_is_awaitable),  # the same test, quicker for what resolvers return
+            hide_suggestions=True,
+        )
         shown = _Shown(request)
         if isinstance(executor, list):
             return _not_executed([shown.of(error, coercion=True) for error in executor[:MAX_ERRORS]], media_type)
@@ -202,10 +199,11 @@ class _Shown:
         cause = innermost(error)
         if isinstance(cause, errors.RequestError):
             return formatted(error, cause.extensions, cause.message)
+        if isinstance(cause, StrawberryInputCoercionError) or (coercion and isinstance(cause, ValueError)):
+            # The value is at fault, and the message was written for developers in Python.
+            return formatted(error, {"code": errors.BadUserInput.code}, UNREADABLE)
         if isinstance(cause, GraphQLError) and (coercion or _is_coercion(cause)):
             return formatted(error, {"code": errors.BadUserInput.code})
-        if coercion and isinstance(cause, ValueError):
-            return formatted(error, {"code": errors.BadUserInput.code}, UNREADABLE)
         # One failure often breaks several fields, for example all that wait for the same batch.
         if not any(cause is logged for logged in self._logged):
             self._logged.append(cause)
@@ -214,13 +212,11 @@ class _Shown:
 
 
 def _is_coercion(cause: GraphQLError) -> bool:
-    """Whether graphql-core or Strawberry says that an argument's value is unusable, in words that show only that value.
+    """Whether graphql-core says that an argument's value is unusable; it shows that value and nothing else.
 
-    graphql-core's other errors carry the field that failed, and show what a resolver returned.
+    graphql-core's other errors point to the field that failed, and show what a resolver returned.
     """
-    return isinstance(cause, StrawberryInputCoercionError) or bool(
-        cause.nodes and isinstance(cause.nodes[0], ValueNode)
-    )
+    return bool(cause.nodes) and isinstance(cause.nodes[0], ValueNode)
 
 
 def _internal(request: Request) -> dict[str, Any]:

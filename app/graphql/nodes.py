@@ -19,8 +19,9 @@ from app import errors
 DEFAULT_PAGE_SIZE: Final = 20
 MAX_PAGE_SIZE: Final = 100
 _MAX_CURSOR_CHARACTERS: Final = 4096
+_INTEGERS: Final = range(-(2**31), 2**31)
 
-KeyValue = str | datetime | UUID | None
+KeyValue = str | int | datetime | UUID | None
 """What a sort order can be made of."""
 
 
@@ -123,6 +124,8 @@ def _pack(value: KeyValue) -> str | None:
         return "t" + value.astimezone(UTC).isoformat()
     if isinstance(value, UUID):
         return "u" + value.hex
+    if isinstance(value, int):
+        return f"i{value}"
     return None if value is None else "s" + value
 
 
@@ -136,6 +139,8 @@ def _unpack(packed: object) -> KeyValue:
         return text
     if tag == "u":
         return UUID(hex=text)
+    if tag == "i" and int(text) in _INTEGERS:
+        return int(text)
     if tag == "t" and text.endswith("+00:00"):
         return datetime.fromisoformat(text)
     raise ValueError("not a packed value")

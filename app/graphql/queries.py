@@ -156,9 +156,7 @@ def _some(values: list[str] | None, argument: str) -> frozenset[str] | None:
 class Query:
     @root(Access.KNOWN, "Who asks, and in which accounts.")
     async def viewer(self, info: Info) -> Viewer | None:
-        caller = await auth.identify(info.context.call)
-        if caller.identity.grant is not None:
-            raise errors.Forbidden("The link in an email is good for what it says, and for nothing else.")
+        caller = await auth.require_known(info.context.call)
         staff, service = caller.staff, caller.service
         return Viewer(
             _caller=caller,

@@ -1,6 +1,9 @@
 """The schema, put together; `schema.graphql` at the root is its printed form and the contract with clients."""
 
+from itertools import chain
+
 import strawberry
+from graphql import GraphQLInputObjectType, GraphQLInterfaceType, GraphQLObjectType, GraphQLSchema, Undefined
 from strawberry.schema.config import StrawberryConfig
 
 from app.graphql.access import require_statements
@@ -19,6 +22,24 @@ SCHEMA = strawberry.Schema(
     exception_handlers=HANDLERS,
     config=StrawberryConfig(scalar_map=dict(SCALARS)),
 )
+
+
+def _drop_null_defaults(schema: GraphQLSchema) -> None:
+    """Take `= null` away from what may be left out: to resolvers the two are the same, and Relay's compiler refuses
+    some documents where an argument has a default."""
+    for kind in schema.type_map.values():
+        if isinstance(kind, GraphQLObjectType | GraphQLInterfaceType):
+            values = chain.from_iterable(field.args.values() for field in kind.fields.values())
+        elif isinstance(kind, GraphQLInputObjectType):
+            values = iter(kind.fields.values())
+        else:
+            continue
+        for value in values:
+            if value.default_value is None:
+                value.default_value = Undefined
+
+
+_drop_null_defaults(SCHEMA._schema)
 
 
 def printed() -> str:

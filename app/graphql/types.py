@@ -248,6 +248,7 @@ class OfferPreview:
 class Perspective:
     """Through whose eyes an account is shown, at which moment."""
 
+    caller: Caller
     actor: Actor
     sees_billing: bool
     now: datetime
@@ -256,7 +257,11 @@ class Perspective:
     @staticmethod
     def of(caller: Caller, policy: Policy) -> "Perspective":
         return Perspective(
-            actor=caller.actor(), sees_billing=caller.has_billing_permission(), now=caller.now, policy=policy
+            caller=caller,
+            actor=caller.actor(),
+            sees_billing=caller.has_billing_permission(),
+            now=caller.now,
+            policy=policy,
         )
 
     @staticmethod
@@ -274,6 +279,11 @@ class Perspective:
             )
         return Perspective.of(replace(caller, account=account, member=facts), policy)
 
+    def toward(self, account: AccountView) -> "Perspective":
+        """The same caller's, on an account that came up on the way: staff is something else to each."""
+        seen = self.caller.account
+        return self if seen is not None and seen.id == account.id else self.on(self.caller, self.policy, account)
+
     def require_billing(self) -> None:
         if not self.sees_billing:
             raise errors.Forbidden(
@@ -284,7 +294,7 @@ class Perspective:
 REQUESTS = Keyset(name="requests:requested_at", types=(datetime, UUID))
 REQUESTS_OLDEST_FIRST = Keyset(name="requests:requested_at:asc", types=(datetime, UUID))
 MEMBERS = Keyset(name="members:created_at:desc", types=(datetime, UUID))
-TRANSITIONS = Keyset(name="transitions:sequence:desc", types=(str, UUID))
+TRANSITIONS = Keyset(name="transitions:sequence:desc", types=(int, UUID))
 
 
 @strawberry.type(description="One attempt to cancel an account.")
@@ -345,7 +355,7 @@ class CancellationRequest(Node):
     async def account(self, info: Info) -> "Account":
         view = await info.context.accounts.load(self._view.account_id)
         assert view is not None, "an account outlives its requests"
-        return Account.of(view, self._eye)
+        return Account.of(view, self._eye.toward(view))
 
     @strawberry.field(description="What the customer said, oldest first; 20 at most.")
     async def feedback(self, info: Info) -> list[Feedback]:
@@ -469,10 +479,9 @@ class Account(Node):
     async def history(self, info: Info, first: First = None, after: After = None) -> Connection[Transition] | None:
         self._eye.require_billing()
         size, position = nodes.page_size(first), TRANSITIONS.position(after)
-        behind = None if position is None else (int(str(position[0])), self._view.id)
-        rows = await info.context.transitions.load((self._view.id, behind, size + 1))
+        rows = await info.context.transitions.load((self._view.id, position, size + 1))
         return connection(
-            rows, size, after, lambda row: TRANSITIONS.cursor(str(row.sequence), row.account_id), Transition.of
+            rows, size, after, lambda row: TRANSITIONS.cursor(row.sequence, row.account_id), Transition.of
         )
 
     @strawberry.field(
