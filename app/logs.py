@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Mapping
 from datetime import date, datetime
+from functools import lru_cache
 from typing import Final, Literal, TextIO
 from uuid import UUID
 
@@ -78,7 +79,7 @@ def configure(*, format: Literal["json", "text"], level: str, stream: TextIO | N
     if format == "json":
         renderer = structlog.processors.JSONRenderer()
     else:
-        # The plain formatter: others print the values of local variables, and those hold secrets.
+        # Exceptions are text by now. The formatters that show local variables are not for what holds secrets.
         renderer = structlog.dev.ConsoleRenderer(
             colors=output.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_level=False
         )
@@ -117,7 +118,18 @@ def redacted(text: str) -> str:
 
 def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     event.pop("color_message", None)  # uvicorn says its messages twice
-    return {redacted(key): _REDACTED if _SENSITIVE_KEY.search(key) else _plain(value) for key, value in event.items()}
+    return dict(_field(key, value) for key, value in event.items())
+
+
+def _field(key: str, value: object, depth: int = 0) -> tuple[str, object]:
+    shown, is_sensitive = _name(key)
+    return shown, _REDACTED if is_sensitive else _plain(value, depth)
+
+
+@lru_cache(maxsize=1024)
+def _name(key: str) -> tuple[str, bool]:
+    """How a field's name is shown, and whether it names a secret. Remembered: every line has the same few names."""
+    return redacted(key), _SENSITIVE_KEY.search(key) is not None
 
 
 def _plain(value: object, depth: int = 0) -> object:
@@ -131,10 +143,7 @@ def _plain(value: object, depth: int = 0) -> object:
     if isinstance(value, Mapping | list | tuple | set | frozenset) and depth >= _MAX_DEPTH:
         return "..."
     if isinstance(value, Mapping):
-        return {
-            redacted(str(key)): _REDACTED if _SENSITIVE_KEY.search(str(key)) else _plain(item, depth + 1)
-            for key, item in value.items()
-        }
+        return dict(_field(str(key), item, depth + 1) for key, item in value.items())
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(item, depth + 1) for item in value]
     return redacted(value if isinstance(value, str) else repr(value))

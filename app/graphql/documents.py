@@ -20,9 +20,11 @@ from graphql import (
     StringValueNode,
     Visitor,
     parse,
+    specified_rules,
     validate,
     visit,
 )
+from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
 from app import errors
 from app.graphql.limits import Limits, Measure, check
@@ -31,6 +33,9 @@ _log = structlog.stdlib.get_logger(__name__)
 
 MAX_ERRORS: Final = 5
 """How many errors a client is told of one document or one set of variables."""
+
+_RULES: Final = (*specified_rules, OneOfInputValidationRule)
+"""Strawberry tells graphql-core of its one-of inputs by this rule alone."""
 
 UNREADABLE: Final = "A value cannot be read as its type."
 
@@ -137,7 +142,7 @@ class Documents:
             return Rejection([formatted(error, {"code": "GRAPHQL_PARSE_FAILED"})])
         except errors.RequestError as error:
             return Rejection([{"message": error.message, "extensions": error.extensions}])
-        if invalid := validate(self._schema, ast, max_errors=MAX_ERRORS, hide_suggestions=True):
+        if invalid := validate(self._schema, ast, _RULES, max_errors=MAX_ERRORS, hide_suggestions=True):
             return Rejection(list(map(_invalid, invalid[:MAX_ERRORS])))
         definitions = [node for node in ast.definitions if isinstance(node, OperationDefinitionNode)]
         return Document(ast, dict(map(_operation, definitions, measures)))

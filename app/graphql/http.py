@@ -199,11 +199,11 @@ class _Shown:
         cause = innermost(error)
         if isinstance(cause, errors.RequestError):
             return formatted(error, cause.extensions, cause.message)
+        if isinstance(cause, GraphQLError) and (coercion or _is_coercion(cause)):
+            return formatted(error, {"code": errors.BadUserInput.code})
         if isinstance(cause, StrawberryInputCoercionError) or (coercion and isinstance(cause, ValueError)):
             # The value is at fault, and the message was written for developers in Python.
             return formatted(error, {"code": errors.BadUserInput.code}, UNREADABLE)
-        if isinstance(cause, GraphQLError) and (coercion or _is_coercion(cause)):
-            return formatted(error, {"code": errors.BadUserInput.code})
         # One failure often breaks several fields, for example all that wait for the same batch.
         if not any(cause is logged for logged in self._logged):
             self._logged.append(cause)
@@ -216,7 +216,7 @@ def _is_coercion(cause: GraphQLError) -> bool:
 
     graphql-core's other errors point to the field that failed, and show what a resolver returned.
     """
-    return bool(cause.nodes) and isinstance(cause.nodes[0], ValueNode)
+    return isinstance(next(iter(cause.nodes or ()), None), ValueNode)
 
 
 def _internal(request: Request) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from graphql import GraphQLInputObjectType, GraphQLInterfaceType, GraphQLObjectT
 from strawberry.schema.config import StrawberryConfig
 
 from app.graphql.access import require_statements
+from app.graphql.executor import Executor, shorten
 from app.graphql.mutations import Mutation
 from app.graphql.queries import Query
 from app.graphql.refusals import HANDLERS
@@ -20,6 +21,7 @@ SCHEMA = strawberry.Schema(
     mutation=Mutation,
     types=[Feedback, Member, Offer],
     exception_handlers=HANDLERS,
+    execution_context_class=Executor,
     config=StrawberryConfig(scalar_map=dict(SCALARS)),
 )
 
@@ -40,6 +42,7 @@ def _drop_null_defaults(schema: GraphQLSchema) -> None:
 
 
 _drop_null_defaults(SCHEMA._schema)
+shorten(SCHEMA._schema)
 
 
 def printed() -> str:

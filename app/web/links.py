@@ -1,10 +1,12 @@
 """The pages behind emailed links: confirm a cancellation, say why, ask for a restart.
 
 Plain and script-free. A GET shows a form and changes nothing, because mail scanners follow links; the POST acts, with
-the link's token as the bearer. Pages may not be framed, cached, or leak their address to others.
+the link's token as the bearer. A link that is of no use now shows why, and no form. Pages may not be framed, cached,
+or leak their address to others.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -14,16 +16,17 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
-from app import accounts, cancellation, errors, feedback, restart
+from app import auth, cancellation, errors, feedback, lifecycle, restart
 from app.auth import Call, Installation
-from app.delivery.email import moment
-from app.lifecycle import FeedbackReason, LinkPurpose
+from app.delivery.email import duration, moment
+from app.lifecycle import Action, FeedbackReason, LinkPurpose
 from app.messages import LinkGrant
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined
 )
 _TEMPLATES.filters["moment"] = moment
+_TEMPLATES.filters["duration"] = duration
 
 _HEADERS = {
     "Content-Security-Policy": (
@@ -61,7 +64,7 @@ def _page(installation: Installation, purpose: LinkPurpose) -> Callable[[Request
                     return _show(f"links/{purpose.value}_done.html", await _ACT[purpose](call, grant, form))
                 except (errors.AccountNameMismatch, errors.InvalidInput) as refusal:
                     error = refusal.message
-            facts = {"token": token, "error": error, **await _facts(call, grant)}
+            facts = {"token": token, "error": error, "given": form or {}, **await _facts(call, grant)}
             return _show(f"links/{purpose.value}.html", facts, status=422 if error else 200)
         except errors.Refusal as refusal:
             return _show("links/refused.html", {"message": refusal.message}, status=409)
@@ -92,13 +95,17 @@ def _show(template: str, values: dict[str, Any], *, status: int = 200) -> HTMLRe
 
 
 async def _facts(call: Call, grant: LinkGrant) -> dict[str, Any]:
-    """What the forms show; the link's bearer is told no more than the email said."""
-    account = await accounts.load(grant.account_id)
+    """What the form shows. Refuses what the form would be refused now, except for what is typed into it."""
+    caller = await auth.identify(call, grant.account_id)
+    account = caller.account
     if account is None:
         raise errors.NotFound("account")
+    facts = account.facts(call.policy)
+    lifecycle.check(_ACTION[grant.purpose], caller.actor(), facts, caller.now)
     return {
         "account": account,
-        "plan": account.plan(call.policy),
+        "confirmed": lifecycle.confirm(facts, caller.now),
+        "retention_hours": account.plan(call.policy).retention // timedelta(hours=1),
         "reasons": call.policy.reasons,
         "billing": call.policy.billing_team,
     }
@@ -124,4 +131,9 @@ async def _restart(call: Call, grant: LinkGrant, form: Mapping[str, str]) -> dic
     return {"account": account, "billing": call.policy.billing_team}
 
 
+_ACTION = {
+    LinkPurpose.CONFIRM: Action.CONFIRM_CANCELLATION,
+    LinkPurpose.FEEDBACK: Action.SUBMIT_FEEDBACK,
+    LinkPurpose.RESTART: Action.REQUEST_RESTART,
+}
 _ACT = {LinkPurpose.CONFIRM: _confirm, LinkPurpose.FEEDBACK: _feedback, LinkPurpose.RESTART: _restart}

@@ -42,9 +42,14 @@ class Caller:
     gated: list[str] = field(default_factory=list)
 
 
-@strawberry.type
-class Thing:
+@strawberry.interface
+class Named:
     name: str
+
+
+@strawberry.type
+class Thing(Named):
+    """With an interface, graphql-core checks what resolvers return, and complains with its repr."""
 
 
 @strawberry.type
@@ -317,7 +322,10 @@ class TestNotExecuted:
         ),
         ({"query": "query ($n: Int!) { required(first: $n) }", "variables": {"n": 2**80}}, "BAD_USER_INPUT"),
         ({"query": "{ required(first: " + "9" * 5000 + ") }"}, "GRAPHQL_VALIDATION_FAILED"),
-        ({"query": "query ($f: Filter!) { filtered(filter: $f) }", "variables": {"f": {"nam": "x"}}}, "BAD_USER_INPUT"),
+        (
+            {"query": "query ($f: Filter!) { filtered(filter: $f) }", "variables": {"f": {"nam": "x", "name": "y"}}},
+            "BAD_USER_INPUT",
+        ),
         ({"query": "query ($e: Either!) { either(which: $e) }", "variables": {"e": {}}}, "BAD_USER_INPUT"),
         ({"query": "query ($e: Either!) { either(which: $e) }", "variables": {"e": {"one": None}}}, "BAD_USER_INPUT"),
         ({"query": "{ either(which: {one: 1, other: 2}) }"}, "GRAPHQL_VALIDATION_FAILED"),
@@ -731,7 +739,7 @@ class TestRequestId:
 
 def test_a_schema_that_needs_more_than_this_endpoint_is_refused() -> None:
     """Extensions and operation directives would be skipped silently."""
-    extended = strawberry.Schema(Query, extensions=[strawberry.extensions.SchemaExtension])
+    extended = strawberry.Schema(Mutation, extensions=[strawberry.extensions.SchemaExtension])
 
     with pytest.raises(ValueError, match="extensions"):
         GraphQLEndpoint(extended, context=context, gate=gate)

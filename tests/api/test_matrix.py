@@ -6,8 +6,8 @@ refused is seen to have changed nothing.
 
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,16 +18,16 @@ import graphql
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from graphql import GraphQLField, GraphQLObjectType
+from graphql import GraphQLField
 
 from app import accounts, db, provisioning
 from app.db import Database, uuid7
 from app.graphql import nodes
 from app.graphql.nodes import Kind
 from app.graphql.schema import printed
-from app.lifecycle import LinkPurpose, MemberRole, Permission, StaffRole
+from app.lifecycle import LinkPurpose, MemberRole, Permission, Scope, StaffRole
 from app.messages import LinkGrant
-from app.models import Account, CancellationRequest, Member, Offer, Service, Staff
+from app.models import Account, CancellationRequest, Member, Offer, Staff
 from app.tokens import DEVELOPMENT_ISSUER
 from tests import cast
 from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, GATEKEEPER, GINA, HOST, SUPPORT, Stage
@@ -176,7 +176,7 @@ confirmCancellation
   csm, other_csm, billing, support denied
   stranger, host, gatekeeper       missing
   confirm_link                     state     state     ok        state     removed   removed   removed   forbidden
-  feedback_link, restart_link      missing
+  feedback_link, restart_link      denied    denied    denied    denied    denied    denied    denied    forbidden
   ungranted_link                   missing   missing   missing   missing   missing   missing   missing   forbidden
   foreign_link                     missing
 
@@ -209,7 +209,375 @@ syncAccounts
   feedback_link, restart_link      denied    denied    denied    denied    denied    denied    denied    forbidden
   ungranted_link                   denied    denied    denied    denied    denied    denied    denied    forbidden
   foreign_link                     denied
-""".replace(
-    "  feedback_link, restart_link      missing\n",
-    "  feedback_link, restart_link      denied    denied    denied    denied    denied    denied    denied    forbidden\n",
-)
+"""
+
+NOBODY = ("no_token", "expired", "wrong_audience", "forged_key")
+"""UNAUTHENTICATED, whatever they ask."""
+UNKNOWN = ("unknown", "removed", "removed_link", "former_staff", "former_service")
+"""FORBIDDEN, whatever they ask: a good token of nobody here."""
+LIKE = {"ungranted": "member", "demoted": "member"}
+"""Tokens issued to a member with the permission and to an admin, before it was taken from them."""
+
+WORDS = {
+    "UNAUTHENTICATED": "unauthenticated",
+    "FORBIDDEN": "forbidden",
+    "ACCESS_REMOVED": "removed",
+    "NotFoundError": "missing",
+    "PermissionDeniedError": "denied",
+    "AccountStateError": "state",
+    "CancellationAlreadyRequestedError": "asked",
+    "RestartWindowClosedError": "closed",
+}
+
+SCHEMA = graphql.build_schema(printed())
+assert SCHEMA.query_type is not None
+assert SCHEMA.mutation_type is not None
+QUERIES, MUTATIONS = SCHEMA.query_type.fields, SCHEMA.mutation_type.fields
+
+
+def read_table() -> dict[str, dict[str, dict[str, str]]]:
+    """Operation, caller, state -> word."""
+    rows: dict[str, dict[str, dict[str, str]]] = {}
+    operation = ""
+    for line in filter(str.strip, TABLE.splitlines()):
+        if not line.startswith(" "):
+            operation = line.strip()
+            rows[operation] = {}
+            continue
+        callers, words = line[:35].split(","), line[35:].split()
+        outcomes = dict(zip(STATES, words * len(STATES) if len(words) == 1 else words, strict=len(words) > 1))
+        for caller in callers:
+            assert caller.strip() not in rows[operation], f"{operation}: {caller} stands twice"
+            rows[operation][caller.strip()] = outcomes
+    for row in rows.values():
+        row |= {caller: row[like] for caller, like in LIKE.items()}
+        row |= {caller: dict.fromkeys(STATES, "unauthenticated") for caller in NOBODY}
+        row |= {caller: dict.fromkeys(STATES, "forbidden") for caller in UNKNOWN}
+    return rows
+
+
+ROWS = read_table()
+
+
+def test_every_operation_of_the_schema_has_a_row_and_every_row_its_operation() -> None:
+    assert set(ROWS) == set(QUERIES) | set(MUTATIONS)
+
+
+@pytest.mark.parametrize("operation", ROWS)
+def test_every_row_has_every_caller(operation: str) -> None:
+    assert set(ROWS[operation]) == set(ROWS["viewer"])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The service with acme in one state, and a token for each caller, issued before anything was taken away."""
+
+    stage: Stage
+    tokens: dict[str, str | None]
+    account_id: UUID
+    request_id: UUID
+    offer_id: UUID
+
+    def arguments(self, operation: str, caller: str) -> dict[str, Any]:
+        """Values that would be accepted, for each argument of a query or field of a mutation's input."""
+        account = nodes.encode(Kind.ACCOUNT, self.account_id)
+        request = nodes.encode(Kind.CANCELLATION_REQUEST, self.request_id)
+        offer = nodes.encode(Kind.OFFER, self.offer_id)
+        by_staff = {"note": "They called."} if ROWS["accounts"][caller]["ACTIVE"] == "ok" else {}
+        return {
+            "account": {"id": account},
+            "node": {"id": request},
+            "cancellationPreview": {"accountId": account},
+            "cancelAccount": {"accountId": account, **by_staff},
+            "submitFeedback": {"requestId": request, "reason": "OTHER"},
+            "acceptOffer": {"offerId": offer},
+            "declineOffer": {"offerId": offer},
+            "withdrawCancellation": {"accountId": account},
+            "confirmCancellation": {
+                "requestId": request,
+                "confirmationToken": self.stage.installation.tokens.confirmation_token(self.request_id, 0),
+                "accountName": "Acme",
+            },
+            "restartAccount": {"accountId": account},
+            "syncAccounts": {"accounts": [{"reference": "hooli", "name": "Hooli", "planCode": "startup"}]},
+        }.get(operation, {})
+
+    async def outcome(self, operation: str, caller: str) -> str:
+        """The table's word for what comes of it."""
+        answer = await self.answer(operation, caller, self.arguments(operation, caller))
+        if "errors" in answer:
+            (error,) = answer["errors"]
+            assert not (answer.get("data") or {}).get("it")
+            return WORDS.get(error["extensions"]["code"], str(error))
+        shown = answer["data"]["it"]
+        if shown is None:
+            return "null"
+        kind = shown["__typename"] if isinstance(shown, dict) else ""
+        return WORDS.get(kind, kind) if kind.endswith("Error") else "ok"
+
+    async def answer(self, operation: str, caller: str, values: dict[str, Any]) -> dict[str, Any]:
+        if operation in MUTATIONS:
+            kind = MUTATIONS[operation].args["input"].type
+            document = f"mutation($input: {kind}) {{ it: {operation}(input: $input) {{ __typename }} }}"
+            values = {"input": values}
+        else:
+            document = query(operation, QUERIES[operation], set(values))
+        response = await self.stage.post(document, values, token=self.tokens[caller])
+        answer: dict[str, Any] = response.json()
+        return answer
+
+
+def query(name: str, field: GraphQLField, given: set[str]) -> str:
+    kinds = {argument: str(field.args[argument].type) for argument in sorted(given)}
+    variables = ", ".join(f"${argument}: {kind}" for argument, kind in kinds.items())
+    arguments = ", ".join(f"{argument}: ${argument}" for argument in kinds)
+    selection = "{ __typename }" if graphql.is_composite_type(graphql.get_named_type(field.type)) else ""
+    return f"query{f'({variables})' if kinds else ''} {{ it: {name}{f'({arguments})' if kinds else ''} {selection} }}"
+
+
+# ---------------------------------------------------------------------------------------------------- the scene
+
+
+def person(email: str) -> str:
+    return cast.subject(email)
+
+
+async def add_member(reference: str, email: str, role: MemberRole, *permissions: Permission) -> None:
+    await Member.create(
+        id=uuid7(),
+        account_id=await accounts.find(reference),
+        issuer=DEVELOPMENT_ISSUER,
+        subject=person(email),
+        email=email,
+        name=email,
+        role=role,
+        permissions=frozenset(permissions),
+        created_at=await db.now(),
+    )
+
+
+async def add_people(stage: Stage) -> None:
+    """Beside the cast: those from whom something is taken later."""
+    for name in ("ungranted", "removed"):
+        await add_member("acme", f"{name}@acme.example", MemberRole.MEMBER, Permission.ACCESS_BILLING_AND_ACCOUNT_INFO)
+    await add_member("acme", "demoted@acme.example", MemberRole.ADMIN)
+    for name in ("other_csm", "former"):
+        await provisioning.add_staff(
+            email=f"{name}@vendor.example",
+            name=name,
+            role=StaffRole.CUSTOMER_SUCCESS_MANAGER,
+            issuer=DEVELOPMENT_ISSUER,
+            subject=person(f"{name}@vendor.example"),
+        )
+    await provisioning.add_service(
+        name="former", scopes=frozenset({Scope.PROVISION}), issuer=DEVELOPMENT_ISSUER, subject=person("former")
+    )
+    csm = await Staff.get(email=CSM)
+    await Account.filter(reference="acme").update(csm_id=csm.id)
+
+
+async def take_away() -> None:
+    """After the tokens were issued."""
+    now = await db.now()
+    await db.execute("UPDATE member SET permissions = '' WHERE email = 'ungranted@acme.example'")
+    await db.execute("UPDATE member SET role = 'MEMBER' WHERE email = 'demoted@acme.example'")
+    await db.execute("DELETE FROM member WHERE email = 'removed@acme.example'")
+    await db.execute("UPDATE staff SET deactivated_at = $1 WHERE email = 'former@vendor.example'", now)
+    await db.execute("UPDATE service SET deactivated_at = $1 WHERE name = 'former'", now)
+
+
+async def ask(stage: Stage) -> UUID:
+    asked = await stage.request_cancellation(ALICE)
+    request_id = nodes.decode_as(Kind.CANCELLATION_REQUEST, asked["request"]["id"])
+    assert request_id is not None
+    return request_id
+
+
+async def put_into(state: str, stage: Stage, account_id: UUID) -> UUID:
+    """Brings acme into a state, by what people do and then by the clock. Returns the newest request."""
+    if state == "ASSISTANCE":
+        await Account.filter(id=account_id).update(plan_code="premium")
+    request_id = await ask(stage)
+    now = await db.now()
+    if state == "ACTIVE":
+        await stage.do(ALICE, "withdrawCancellation", accountId=nodes.encode(Kind.ACCOUNT, account_id))
+    elif state == "SCHEDULED":
+        later = now + timedelta(days=10)
+        await CancellationRequest.filter(id=request_id).update(status="CONFIRMED", confirmed_at=now, effective_at=later)
+        await Account.filter(id=account_id).update(
+            status="CANCELLATION_SCHEDULED", cancellation_effective_at=later, current_period_end=later
+        )
+    elif state not in {"ASSISTANCE", "PENDING"}:
+        done = await stage.cancel(ALICE)
+        assert done["account"]["status"] == "CANCELED"
+    if state in {"CLOSED", "DELETING", "DELETED"}:
+        over = now - timedelta(minutes=1)
+        await Account.filter(id=account_id).update(
+            canceled_at=over - timedelta(days=60), restartable_until=over, deletion_scheduled_for=over
+        )
+    if state in {"DELETING", "DELETED"}:
+        await Account.filter(id=account_id).update(status="DELETING", deletion_started_at=now)
+    if state == "DELETED":
+        await Member.filter(account_id=account_id).delete()
+        await Account.filter(id=account_id).update(status="DELETED", deleted_at=now)
+    return request_id
+
+
+def foreign_tokens(stage: Stage) -> dict[str, str | None]:
+    """Of nobody who was let in: each but the last is right in everything but one thing."""
+    now = datetime.now(UTC)
+    claims = {
+        "iss": DEVELOPMENT_ISSUER,
+        "aud": "sunset",
+        "sub": person(BILLING),
+        "iat": now - timedelta(minutes=2),
+        "exp": now + timedelta(hours=1),
+    }
+    own = Ed25519PrivateKey.from_private_bytes(stage.settings.derive_key("development issuer"))
+
+    def signed(key: Ed25519PrivateKey = own, **changes: Any) -> str:
+        return jwt.encode(claims | changes, key, algorithm="EdDSA")
+
+    return {
+        "no_token": None,
+        "expired": signed(exp=now - timedelta(minutes=1)),
+        "wrong_audience": signed(aud="another"),
+        "forged_key": signed(Ed25519PrivateKey.generate()),
+        "unknown": signed(sub="member:nobody@nowhere.example"),
+    }
+
+
+def link_token(stage: Stage, email: str, purpose: LinkPurpose, account_id: UUID, request_id: UUID) -> str:
+    grant = LinkGrant(
+        purpose=purpose,
+        issuer=DEVELOPMENT_ISSUER,
+        subject=person(email),
+        account_id=account_id,
+        request_id=request_id,
+    )
+    now = datetime.now(UTC)
+    return stage.installation.tokens.mint_link(grant, issued_at=now, expires_at=now + timedelta(days=60))
+
+
+async def make_scene(stage: Stage, state: str) -> Scene:
+    await add_people(stage)
+    account_id, elsewhere = await stage.account_key("acme"), await stage.account_key("globex")
+    named = {
+        "admin": ALICE,
+        "permitted": CAROL,
+        "member": BOB,
+        "ungranted": "ungranted@acme.example",
+        "demoted": "demoted@acme.example",
+        "removed": "removed@acme.example",
+        "stranger": GINA,
+        "csm": CSM,
+        "other_csm": "other_csm@vendor.example",
+        "billing": BILLING,
+        "support": SUPPORT,
+        "former_staff": "former@vendor.example",
+        "host": HOST,
+        "gatekeeper": GATEKEEPER,
+        "former_service": "former",
+    }
+    tokens: dict[str, str | None] = {caller: stage.token(who) for caller, who in named.items()}
+    request_id = await put_into(state, stage, account_id)
+    offer = await Offer.filter(request_id=request_id).first()
+    assert offer is not None
+    for name, who, purpose, about in (
+        ("confirm", ALICE, LinkPurpose.CONFIRM, account_id),
+        ("feedback", ALICE, LinkPurpose.FEEDBACK, account_id),
+        ("restart", ALICE, LinkPurpose.RESTART, account_id),
+        ("ungranted", named["ungranted"], LinkPurpose.RESTART, account_id),
+        ("removed", named["removed"], LinkPurpose.RESTART, account_id),
+        ("foreign", GINA, LinkPurpose.RESTART, elsewhere),
+    ):
+        tokens[f"{name}_link"] = link_token(stage, who, purpose, about, request_id)
+    await take_away()
+    return Scene(
+        stage=stage,
+        tokens=tokens | foreign_tokens(stage),
+        account_id=account_id,
+        request_id=request_id,
+        offer_id=offer.id,
+    )
+
+
+@pytest.fixture(params=STATES)
+def state(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+@pytest.fixture
+async def scene(sqlite_database: Database, tmp_path: Path, state: str) -> AsyncIterator[Scene]:
+    async with cast.stage(sqlite_database, tmp_path) as stage:
+        yield await make_scene(stage, state)
+
+
+class Watch:
+    """Tells whether the service has changed its database, and puts it back as it was."""
+
+    def __init__(self, file: Path) -> None:
+        self._own = sqlite3.connect(file)
+        self._kept = sqlite3.connect(":memory:")
+        self._own.backup(self._kept)
+        self._version = self._now()
+
+    def _now(self) -> int:
+        version: int = self._own.execute("PRAGMA data_version").fetchone()[0]
+        return version
+
+    def changed(self) -> bool:
+        return self._now() != self._version
+
+    def restore(self) -> None:
+        self._kept.backup(self._own)
+        self._version = self._now()
+
+    def close(self) -> None:
+        self._own.close()
+        self._kept.close()
+
+
+async def test_matrix(scene: Scene, state: str, tmp_path: Path) -> None:
+    wrong = []
+    with closing(Watch(tmp_path / "sunset.db")) as watch:
+        for operation, row in ROWS.items():
+            for caller, expected in row.items():
+                found = await scene.outcome(operation, caller)
+                if found != expected[state]:
+                    wrong.append(f"{operation} by {caller}: {found} instead of {expected[state]}")
+                if watch.changed():
+                    if operation not in MUTATIONS or found != "ok":
+                        wrong.append(f"{operation} by {caller} changed the database, and answered {found}")
+                    watch.restore()
+    assert wrong == []
+
+
+async def test_a_foreign_id_an_unknown_id_and_no_id_at_all_are_answered_alike(scene: Scene) -> None:
+    """Else ids could be guessed: what others have, and what state it is in, is nobody's business."""
+    unknown = UUID("01980000-0000-7000-8000-000000000000")
+    tried = 0
+    for operation in ROWS:
+        given = scene.arguments(operation, "stranger")
+        for key in [key for key in given if key == "id" or key.endswith("Id")]:
+            kind, _ = nodes.decode(given[key]) or pytest.fail("an id")
+            malformed = (nodes.encode(kind, unknown), nodes.encode(Kind.MEMBER, unknown), "x", "", "A" * 23)
+            for caller in ("stranger", "host", "gatekeeper", "foreign_link"):
+                foreign = await scene.answer(operation, caller, given)
+                others = [await scene.answer(operation, caller, given | {key: one}) for one in malformed]
+                assert all(json.dumps(foreign) == json.dumps(other) for other in others), f"{operation} by {caller}"
+                tried += 1
+    assert tried == 4 * 10
+
+
+async def test_a_canceled_account_is_told_apart_from_none_by_its_own_members_alone(scene: Scene, state: str) -> None:
+    document = f'{{ account(id: "{nodes.encode(Kind.ACCOUNT, scene.account_id)}") {{ name }} }}'
+    answers = [(await scene.stage.post(document, token=scene.tokens[who])).json() for who in ("admin", "stranger")]
+    assert answers[1] == {"data": {"account": None}}
+    if state in {"CANCELED", "CLOSED", "DELETING"}:
+        (error,) = answers[0]["errors"]
+        told = error["extensions"]
+        assert told["code"] == "ACCESS_REMOVED"
+        assert told["contact"] == {"name": "Billing Team", "email": BILLING}
+        assert told["canceledAt"] < told["restartableUntil"] <= told["deletionScheduledFor"]

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import pytest
 import structlog
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import logs
@@ -173,7 +173,7 @@ SECRETS = {
     "quoted address": ('"canary the cat"@acme.example', "canary"),
     "encoded address": ("GET /?to=canary%40acme.example", "canary"),
     "address without a dot": ("canary@localhost", "canary"),
-    "international address": ("cänary@exämple.example", "nary"),
+    "international address": ("canaryä@exämple.example", "canary"),
     "its host": ("alice@canary.example", "canary"),
     "several": ("a@x.example, canary@y.example;canary@z.example", "canary"),
     "database's detail": ("DETAIL: Key (email)=(canary@acme.example) already exists.", "canary"),
@@ -274,6 +274,7 @@ HOST = st.from_regex(r"[a-z0-9-]{1,20}(\.[a-z0-9-]{1,20}){0,3}", fullmatch=True)
 AFTER = st.sampled_from(["", " ", ", next", ">", '"', "\n", ")"])
 
 
+@settings(deadline=None)
 @given(before=st.text(max_size=20), local=LOCAL, host=HOST, after=AFTER)
 def test_no_address_gets_through(before: str, local: str, host: str, after: str) -> None:
     """Whatever stands around it, nothing is left that has the form of the address."""
