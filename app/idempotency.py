@@ -24,7 +24,8 @@ def _caller(identity: Identity) -> str:
 
 
 def _fingerprint(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    # asyncpg has a kind of UUID of its own, which orjson does not take for one.
+    return hashlib.sha256(orjson.dumps(values, default=str, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 async def once(

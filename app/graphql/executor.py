@@ -10,7 +10,7 @@ It knows the form of a schema and none of its types.
 from operator import attrgetter
 from typing import Any
 
-from graphql import GraphQLField, GraphQLObjectType, GraphQLSchema, get_nullable_type, is_leaf_type
+from graphql import GraphQLField, GraphQLObjectType, GraphQLSchema, get_nullable_type, is_leaf_type, is_nullable_type
 from strawberry.schema.schema import StrawberryGraphQLCoreExecutionContext
 from strawberry.schema.schema_converter import GraphQLCoreConverter
 from strawberry.types.field import StrawberryField
@@ -19,11 +19,12 @@ from strawberry.types.field import StrawberryField
 class _Shown:
     """A resolver that reads an attribute, with what makes a scalar or an enum of the value."""
 
-    __slots__ = ("coerce", "read")
+    __slots__ = ("coerce", "nullable", "read")
 
     def __init__(self, attribute: str, kind: Any) -> None:
         self.read = attrgetter(attribute)
-        self.coerce = kind.coerce_output_value
+        self.coerce = get_nullable_type(kind).coerce_output_value
+        self.nullable = is_nullable_type(kind)
 
     def __call__(self, source: Any, _info: Any) -> Any:
         return self.read(source)
@@ -38,12 +39,16 @@ class Executor(StrawberryGraphQLCoreExecutionContext):
         field = parent_type.fields.get(field_details_list[0].node.name.value)
         if field is not None and type(shown := field.resolve) is _Shown:
             try:
-                value = shown.coerce(shown.read(source))
+                value = shown.read(source)
+                if value is not None:
+                    value = shown.coerce(value)
+                    usable = value is not None
+                else:
+                    usable = shown.nullable
             except Exception:
-                value = None
-            if value is not None:
+                usable = False  # it goes wrong again below, where graphql-core says what and where
+            if usable:
                 return value
-        # Also for null: whether it may be is graphql-core's to say, and what went wrong is found again there.
         return super().execute_field(parent_type, source, field_details_list, path, position_context)
 
 
@@ -53,7 +58,7 @@ def shorten(schema: GraphQLSchema) -> None:
         if isinstance(kind, GraphQLObjectType):
             for field in kind.fields.values():
                 if (attribute := _attribute(field)) is not None:
-                    field.resolve = _Shown(attribute, get_nullable_type(field.type))
+                    field.resolve = _Shown(attribute, field.type)
 
 
 def _attribute(field: GraphQLField) -> str | None:

@@ -4,10 +4,10 @@ import asyncio
 from typing import Any
 
 import pytest
+
 from app import cancellation, db, errors, feedback, restart
 from app.cancellation import Requested
 from app.lifecycle import FeedbackReason
-
 from tests.cast import ALICE, BILLING, CAROL, GINA, Stage
 
 IDENTICAL = 50
@@ -49,9 +49,7 @@ async def test_identical_calls_at_the_same_time_have_one_effect_and_one_answer(h
 async def test_a_restart_that_is_repeated_with_its_key_succeeds_every_time_and_happens_once(house: Stage) -> None:
     await confirm(house, await asked(house))
     call, account_id = await house.call(BILLING), await house.account_key("acme")
-    answers = await asyncio.gather(
-        *(restart.restart(call, account_id, idempotency_key="k") for _ in range(IDENTICAL))
-    )
+    answers = await asyncio.gather(*(restart.restart(call, account_id, idempotency_key="k") for _ in range(IDENTICAL)))
     assert {answer.status for answer in answers} == {"ACTIVE"}
     restarts = await db.fetch("SELECT epoch FROM transition WHERE type = 'account.restarted'")
     assert [row["epoch"] for row in restarts] == [2]

@@ -348,6 +348,41 @@ async def test_parallel_syncs_of_the_same_new_accounts_all_succeed(
     assert first.count(Outcome.CREATED) == 10  # each account was created once
 
 
+async def test_new_accounts_are_made_in_one_order_so_that_no_two_batches_wait_for_each_other(
+    postgres_database: Database, installation: Installation
+) -> None:
+    """Another batch has made `a` and is about to make `z`; this one, given `z` first, has not made it meanwhile."""
+    halfway = asyncio.Event()
+
+    async def other() -> None:
+        async def make(reference: str) -> None:
+            await db.execute(
+                "INSERT INTO account (id, reference, name, plan_code, status, epoch, last_sequence, created_at) "
+                "VALUES ($1, $2, 'Other', 'startup', 'ACTIVE', 0, 0, $3)",
+                db.uuid7(),
+                reference,
+                await db.now(),
+            )
+
+        with postgres_database.bind():
+            async with db.transaction(), asyncio.timeout(30):
+                await make("a")
+                halfway.set()
+                while not await db.fetch("SELECT 1 FROM pg_locks WHERE NOT granted"):
+                    pass
+                await make("z")
+
+    async def this() -> list[ItemResult]:
+        await halfway.wait()
+        with postgres_database.bind():
+            return await provisioning.sync(
+                installation, [replace(ACME, reference="z"), replace(ACME, reference="a", name="Other")]
+            )
+
+    _, results = await asyncio.gather(other(), this())
+    assert [result.outcome for result in results] == [Outcome.UPDATED, Outcome.UPDATED]
+
+
 async def test_a_sync_waits_for_an_account_that_is_locked(
     postgres_database: Database, installation: Installation
 ) -> None:

@@ -14,11 +14,11 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+
 from app import cancellation, db, demo, errors, offers, provisioning, restart
 from app.cancellation import Requested
 from app.lifecycle import FeedbackReason, MemberRole, Permission
 from app.provisioning import AccountItem, MemberItem, Outcome
-
 from tests.cast import ALICE, BILLING, CAROL, Stage
 
 pytestmark = pytest.mark.postgres
@@ -250,6 +250,18 @@ WHERE id = $1 AND status = 'CANCELED' AND deletion_held_at IS NULL AND deletion_
 """
 
 
+async def end_window(account_id: UUID, milliseconds: int) -> None:
+    """Let the account's retention window end so long from now."""
+    now = await db.now()
+    end = now + timedelta(milliseconds=milliseconds)
+    await db.execute(
+        "UPDATE account SET canceled_at = $2, restartable_until = $3, deletion_scheduled_for = $3 WHERE id = $1",
+        account_id,
+        now - timedelta(hours=1440),
+        end,
+    )
+
+
 async def test_a_restart_and_a_deletion_have_one_winner(postgres_house: Stage) -> None:
     """The window ends while both try, each a different moment before or after its end."""
 
@@ -268,12 +280,7 @@ async def test_a_restart_and_a_deletion_have_one_winner(postgres_house: Stage) -
 
     for number, account_id in enumerate(await raced(postgres_house)):
         await canceled(postgres_house, account_id)
-        await db.execute(
-            "UPDATE account SET canceled_at = clock_timestamp() - interval '1440 hours', "
-            "restartable_until = clock_timestamp() + interval '100 ms', "
-            "deletion_scheduled_for = clock_timestamp() + interval '100 ms' WHERE id = $1",
-            account_id,
-        )
+        await end_window(account_id, 100)
         async with asyncio.timeout(30):
             deleted, restarted = await together(
                 delete(account_id), bring_back(account_id, timedelta(milliseconds=10 - 3 * number))
@@ -338,7 +345,9 @@ async def test_a_confirm_that_waited_sees_that_the_permission_is_gone(postgres_h
     (account_id,) = await raced(postgres_house, 1)
     request = await asked(postgres_house, account_id, CAROL)
     async with held(account_id) as other:
-        await other.execute("UPDATE member SET permissions = '' WHERE account_id = $1 AND email = $2", account_id, CAROL)
+        await other.execute(
+            "UPDATE member SET permissions = '' WHERE account_id = $1 AND email = $2", account_id, CAROL
+        )
         late = asyncio.create_task(confirm(postgres_house, request, CAROL))
         await waiting()
     with pytest.raises(errors.PermissionDenied):
@@ -350,9 +359,7 @@ async def test_a_sync_waits_for_the_confirm_that_came_first(postgres_house: Stag
     """So that after the sync's answer nobody without the permission can be about to confirm."""
     (account_id,) = await raced(postgres_house, 1)
     async with held(account_id):
-        removal = asyncio.create_task(
-            provisioning.sync(postgres_house.installation, [described(0, carol=frozenset())])
-        )
+        removal = asyncio.create_task(provisioning.sync(postgres_house.installation, [described(0, carol=frozenset())]))
         await waiting()
         assert not removal.done()
     assert [result.outcome for result in await removal] == [Outcome.UPDATED]
@@ -388,13 +395,9 @@ async def test_a_plan_change_and_a_confirm_have_an_order(postgres_house: Stage) 
 async def test_a_restart_that_waited_sees_that_the_deletion_has_begun(postgres_house: Stage) -> None:
     (account_id,) = await raced(postgres_house, 1)
     await canceled(postgres_house, account_id)
+    await end_window(account_id, 0)
     call = await postgres_house.call(BILLING)
     async with held(account_id) as other:
-        await other.execute(
-            "UPDATE account SET canceled_at = clock_timestamp() - interval '1440 hours', "
-            "restartable_until = clock_timestamp(), deletion_scheduled_for = clock_timestamp() WHERE id = $1",
-            account_id,
-        )
         assert await other.execute(BEGIN_DELETION, account_id) == "UPDATE 1"
         late = asyncio.create_task(restart.restart(call, account_id))
         await waiting()
@@ -406,6 +409,7 @@ async def test_a_restart_that_waited_sees_that_the_deletion_has_begun(postgres_h
 async def test_a_deletion_that_waited_for_a_restart_does_not_begin(postgres_house: Stage) -> None:
     (account_id,) = await raced(postgres_house, 1)
     await canceled(postgres_house, account_id)
+    await end_window(account_id, 0)
     async with held(account_id) as other:
         await other.execute(
             "UPDATE account SET status = 'ACTIVE', canceled_at = NULL, restartable_until = NULL, "

@@ -520,6 +520,11 @@ class TestRefusedByHttp:
 
         assert (response.status_code, code(response)) == (415, "BAD_USER_INPUT")
 
+    def test_two_content_types_are_415(self, client: TestClient) -> None:
+        headers = [("Content-Type", JSON), ("Content-Type", "text/plain")]
+
+        assert client.post("/graphql", content=b'{"query": "{ required }"}', headers=headers).status_code == 415
+
     def test_compressed_bodies_are_415(self, client: TestClient) -> None:
         response = client.post("/graphql", json={"query": "{ required }"}, headers={"Content-Encoding": "gzip"})
 
