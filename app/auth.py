@@ -152,7 +152,8 @@ class Caller:
                     relations.add(Relation.ACCOUNT_CSM)
             if self.service is not None:
                 relations.add(Relation.SERVICE)
-        if self.member is not None:
+        # Staff who is also a member acts as what gives them the right.
+        if self.member is not None and (self.staff is None or self.member.has_billing_permission):
             return Actor(
                 kind=ActorKind.MEMBER, id=self.member.id, name=self.member.name, relations=frozenset(relations)
             )

@@ -5,11 +5,13 @@ messages. The rules are `app.lifecycle`'s; nothing is decided here.
 """
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
+
+import structlog
 
 from app import accounts, db, errors, history, idempotency, lifecycle, offers, outbox, people
 from app.accounts import AccountView, RequestView
@@ -42,6 +44,8 @@ from app.messages import (
 from app.models import Account, CancellationRequest
 from app.people import Recipient
 from app.tokens import hash_confirmation_token
+
+_log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -591,14 +595,25 @@ async def run_due(installation: Installation, *, limit: int = 100) -> int:
         f"AND confirmation_expires_at <= $1 ORDER BY confirmation_expires_at LIMIT {int(limit)}",
         now,
     ):
-        moved += await _expire_if_due(account_id)
+        moved += await _unless_broken(_expire_if_due(account_id), account_id)
     for account_id in await _due(
         "SELECT id FROM account WHERE status = 'CANCELLATION_SCHEDULED' AND cancellation_effective_at <= $1 "
         f"ORDER BY cancellation_effective_at LIMIT {int(limit)}",
         now,
     ):
-        moved += await _take_effect_if_due(installation, account_id)
+        moved += await _unless_broken(_take_effect_if_due(installation, account_id), account_id)
     return moved
+
+
+async def _unless_broken(move: Awaitable[bool], account_id: UUID) -> bool:
+    """One account that cannot be moved, because its plan has left the policy for example, holds up no other."""
+    try:
+        return await move
+    except errors.Unavailable:
+        raise
+    except Exception:
+        _log.exception("cancellation.due_failed", account_id=str(account_id))
+        return False
 
 
 async def _due(sql: str, now: datetime) -> Sequence[UUID]:

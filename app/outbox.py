@@ -28,8 +28,8 @@ CHANNEL = "sunset_outbox"
 LEASE = timedelta(minutes=5)
 """Longer than a delivery may take; a delivery has a deadline of its own."""
 
-MAX_ATTEMPTS = 20
-"""With the waits below: tried for more than three days."""
+MAX_ATTEMPTS = 30
+"""With the waits below: tried for three days at least, whatever chance makes of them."""
 
 _FIRST_WAIT = timedelta(seconds=10)
 _LONGEST_WAIT = timedelta(hours=8)

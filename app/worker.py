@@ -59,7 +59,7 @@ class Worker:
         self._stopping.set()
 
     async def run(self) -> None:
-        """Work until `stop`. A database that is away is waited for."""
+        """Work until `stop`, once. A database that is away is waited for."""
         while not self._stopping.is_set():
             try:
                 async with db.listen(outbox.CHANNEL) as wakeups:
@@ -76,6 +76,7 @@ class Worker:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), POLL_SECONDS)
         await self._finish()
+        await self._mailer.close()
 
     async def work(self) -> bool:
         """One round. True when there may be more to do at once."""
@@ -86,9 +87,10 @@ class Worker:
             task = asyncio.create_task(self._deliver(message))
             self._deliveries.add(task)
             task.add_done_callback(self._deliveries.discard)
-        if claimed and len(self._deliveries) >= self._concurrency:
-            await asyncio.wait(self._deliveries, return_when=asyncio.FIRST_COMPLETED)
-        return bool(moved or claimed)
+        return bool(moved or (claimed and self._has_room()))
+
+    def _has_room(self) -> bool:
+        return len(self._deliveries) < self._concurrency
 
     async def drain(self) -> None:
         """Deliver until nothing is due. For commands and tests; a service calls `run`."""
@@ -97,8 +99,11 @@ class Worker:
                 await asyncio.wait(self._deliveries)
 
     async def _sleep(self, wakeups: db.Wakeups) -> None:
+        """Until there may be work: a wake-up, a delivery that ended, the time that something is due, or the order
+        to stop. While every place is taken, what is due has to wait and wakes nobody."""
+        pause = await self._pause() if self._has_room() else POLL_SECONDS
         stopping = asyncio.ensure_future(self._stopping.wait())
-        woken = asyncio.ensure_future(wakeups.wait(await self._pause()))
+        woken = asyncio.ensure_future(wakeups.wait(pause))
         try:
             await asyncio.wait({stopping, woken, *self._deliveries}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -130,6 +135,9 @@ class Worker:
             rendered = render(message.email(), recipient, sign=self._sign)
             composed = compose(rendered, recipient, self._sender, message.message_id, message.created_at)
             await self._mailer.send(composed)
+        except asyncio.CancelledError:  # The grace period is over; a copy that got through has the same Message-ID.
+            await outbox.release(message)
+            raise
         except DeliveryError as error:
             kept = await outbox.failed(message, str(error), permanent=error.permanent)
             _log.warning("email.failed", attempt=message.attempt, permanent=error.permanent, lease_kept=kept)
@@ -152,6 +160,7 @@ class Worker:
         for task in self._deliveries:
             task.cancel()
         await asyncio.gather(*self._deliveries, return_exceptions=True)
+        await self._mailer.close()
 
 
 def link_url(base: str, purpose: LinkPurpose, token: str) -> str:

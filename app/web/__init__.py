@@ -1,1 +1,1 @@
-"""Pages for people: plain HTML without scripts of its own, nothing from another origin, one shared style sheet."""
+"""Pages for people: plain HTML, nothing from another origin, one shared style sheet."""

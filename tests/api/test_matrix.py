@@ -284,7 +284,7 @@ class Scene:
         request = nodes.encode(Kind.CANCELLATION_REQUEST, self.request_id)
         offer = nodes.encode(Kind.OFFER, self.offer_id)
         by_staff = {"note": "They called."} if ROWS["accounts"][caller]["ACTIVE"] == "ok" else {}
-        return {
+        known: dict[str, dict[str, Any]] = {
             "account": {"id": account},
             "node": {"id": request},
             "cancellationPreview": {"accountId": account},
@@ -300,7 +300,8 @@ class Scene:
             },
             "restartAccount": {"accountId": account},
             "syncAccounts": {"accounts": [{"reference": "hooli", "name": "Hooli", "planCode": "startup"}]},
-        }.get(operation, {})
+        }
+        return known.get(operation, {})
 
     async def outcome(self, operation: str, caller: str) -> str:
         """The table's word for what comes of it."""
@@ -581,3 +582,17 @@ async def test_a_canceled_account_is_told_apart_from_none_by_its_own_members_alo
         assert told["code"] == "ACCESS_REMOVED"
         assert told["contact"] == {"name": "Billing Team", "email": BILLING}
         assert told["canceledAt"] < told["restartableUntil"] <= told["deletionScheduledFor"]
+
+
+@pytest.mark.parametrize("state", ["PENDING"], indirect=True)
+@pytest.mark.parametrize(
+    "operation", ["cancelAccount", "submitFeedback", "declineOffer", "acceptOffer", "withdrawCancellation"]
+)
+async def test_a_key_gives_nobody_an_answer_once_the_permission_is_gone(scene: Scene, operation: str) -> None:
+    given = scene.arguments(operation, "admin") | {"idempotencyKey": "again"}
+    done = await scene.answer(operation, "admin", given)
+    assert await scene.answer(operation, "admin", given) == done
+    assert done["data"]["it"]["__typename"].endswith("Success")
+    await db.execute("UPDATE member SET role = 'MEMBER' WHERE email = $1", ALICE)
+    refused = await scene.answer(operation, "admin", given)
+    assert refused["data"]["it"]["__typename"] == "PermissionDeniedError"

@@ -427,6 +427,8 @@ CREATE UNIQUE INDEX staff_email ON staff (email);
 CREATE UNIQUE INDEX service_identity ON service (issuer, subject);
 CREATE UNIQUE INDEX service_name ON service (name);
 CREATE UNIQUE INDEX account_reference ON account (reference);
+CREATE INDEX account_name ON account (name COLLATE {binary}, id);
+CREATE INDEX account_created ON account (created_at, id);
 CREATE INDEX account_csm ON account (csm_id);
 CREATE INDEX account_status ON account (status, id);
 CREATE INDEX account_takes_effect ON account (cancellation_effective_at) WHERE cancellation_effective_at IS NOT NULL;
@@ -437,6 +439,7 @@ CREATE INDEX request_account ON cancellation_request (account_id, id);
 CREATE UNIQUE INDEX request_open ON cancellation_request (account_id)
     WHERE status IN ('PENDING_ASSISTANCE', 'PENDING_CONFIRMATION', 'CONFIRMED');
 CREATE UNIQUE INDEX request_effective ON cancellation_request (account_id) WHERE status = 'EFFECTIVE';
+CREATE INDEX request_expires ON cancellation_request (confirmation_expires_at) WHERE status = 'PENDING_CONFIRMATION';
 CREATE INDEX request_queue ON cancellation_request (status, id);
 CREATE INDEX feedback_account ON feedback (account_id, id);
 CREATE INDEX feedback_request ON feedback (request_id, id);
@@ -535,8 +538,9 @@ def _sqlite_type(field: Field[Any]) -> str | None:
 
 
 async def _keep_the_rules(_apps: Any, schema_editor: BaseSchemaEditor) -> None:
-    rules = _sqlite() if schema_editor.DIALECT == "sqlite" else _postgresql()
-    await schema_editor.client.execute_script(INDEXES + rules)
+    is_sqlite = schema_editor.DIALECT == "sqlite"
+    indexes = INDEXES.format(binary="BINARY" if is_sqlite else '"C"')  # `accounts.page` sorts names by code points
+    await schema_editor.client.execute_script(indexes + (_sqlite() if is_sqlite else _postgresql()))
 
 
 class Migration(TortoiseMigration):

@@ -1,0 +1,226 @@
+"""README.md is what the code does: its story is run as it stands there, its tables are compared with the code."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+from graphql import GraphQLInterfaceType, GraphQLObjectType
+
+from app import errors, lifecycle, messages, policy
+from app.cli import app as commands
+from app.graphql.schema import SCHEMA
+from app.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+
+
+def _names(some: frozenset[Any], of: type[Any]) -> str:
+    return ", ".join(f"`{one.value}`" for one in of if one in some)
+
+
+def _sentence(text: str | None) -> str:
+    return " ".join((text or "").strip().split("\n\n")[0].split())
+
+
+def settings() -> Iterator[str]:
+    for one in Settings.documentation():
+        yield f"| `{one.variable}` | {one.default} | {one.description} |"
+
+
+def rules() -> Iterator[str]:
+    for action, rule in lifecycle.RULES.items():
+        who, phases = _names(rule.who, lifecycle.Relation), _names(rule.phases, lifecycle.Phase)
+        yield f"| `{action.value}` | {who} | {phases} |"
+
+
+def emails() -> Iterator[str]:
+    for template, email in messages.CATALOGUE.items():
+        yield f"| `{template}` | {email.about} |"
+
+
+def refusals() -> Iterator[str]:
+    kinds = SCHEMA._schema
+    interface = kinds.type_map["UserError"]
+    assert isinstance(interface, GraphQLInterfaceType)
+    for kind in sorted(kinds.get_implementations(interface).objects, key=lambda kind: kind.name):
+        assert isinstance(kind, GraphQLObjectType)
+        more = ", ".join(f"`{name}`" for name in kind.fields if name != "message")
+        yield f"| `{kind.name}` | {more} | {kind.description} |"
+
+
+def codes() -> Iterator[str]:
+    for kind in errors.RequestError.__subclasses__():
+        yield f"| `{kind.code}` | {kind.http_status} | {_sentence(kind.__doc__)} |"
+
+
+def command_lines() -> Iterator[str]:
+    def walk(command: click.Command, name: str) -> Iterator[str]:
+        if isinstance(command, click.Group):
+            for word, below in command.commands.items():
+                yield from walk(below, f"{name} {word}")
+            return
+        given = "".join(f" {(one.name or '').upper()}" for one in command.params if isinstance(one, click.Argument))
+        yield f"| `{name}{given}` | {_sentence(command.help)} |"
+
+    yield from walk(typer.main.get_command(commands), "sunset")
+
+
+@pytest.mark.parametrize(
+    "table", [settings, rules, emails, refusals, codes, command_lines], ids=lambda table: table.__name__
+)
+def test_a_table_is_what_the_code_says(table: Any) -> None:
+    """A missing line is one to paste."""
+    expected = list(table())
+    assert expected
+    assert [line for line in expected if line not in README.splitlines()] == []
+
+
+def test_every_code_that_the_endpoint_writes_by_itself_is_explained() -> None:
+    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "app" / "graphql").glob("*.py"))
+    written = set(re.findall(r'"code": "([A-Z_]+)"', source))
+    assert "INTERNAL_SERVER_ERROR" in written
+    assert {code for code in written if f"\n| `{code}` |" not in README} == set()
+
+
+def test_every_key_of_the_policy_is_explained() -> None:
+    def keys(path: str, value: Any) -> Iterator[str]:
+        if isinstance(value, dict) and not {"name", "email"} >= value.keys():
+            for key, below in value.items():
+                yield from keys(f"{path}.{key}" if path else key, below)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for one in value:
+                yield from keys(path, one)
+        else:
+            yield path
+
+    document = tomllib.loads(policy.DEFAULT_FILE.read_text(encoding="utf-8"))
+    assert {key for key in keys("", document) if f"`{key}`" not in README} == set()
+
+
+def test_every_status_is_in_a_diagram() -> None:
+    drawn = "".join(re.findall(r"```mermaid\n(.*?)```", README, re.DOTALL))
+    statuses = [*lifecycle.AccountStatus, *lifecycle.RequestStatus]
+    assert [status for status in statuses if not re.search(rf"\b{status.value}\b", drawn)] == []
+
+
+def test_every_file_that_is_named_exists() -> None:
+    linked = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README)}
+    named = set(re.findall(r"\b(?:scripts|tests|app)/[\w./]+\b", README))
+    local = {path for path in linked | named if "://" not in path}
+    assert local
+    assert [path for path in sorted(local) if not (ROOT / path).exists()] == []
+
+
+def test_the_line_to_import_is_imported(tmp_path: Path) -> None:
+    """In the demo's installation, which has the manager that it names."""
+    [example] = re.findall(r'^\{"reference".*\}$', README, re.MULTILINE)
+    environ = _environ(SUNSET_DATA_DIR=str(tmp_path), SUNSET_DATABASE_URL=f"sqlite://{tmp_path}/sunset.db")
+    _sunset("migrate", environ)
+    person = ["--name", "Casey Morgan", "--role", "CUSTOMER_SUCCESS_MANAGER"]
+    _sunset("staff", environ, "add", "csm@vendor.example", *person)
+    assert re.match(r"1 accounts? created, .* 0 bad lines", _sunset("import", environ, "-", input=example))
+
+
+# -------------------------------------------------------------------------------------------------------- the story
+
+
+def _environ(**settings: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SUNSET_")}
+    return {**kept, **settings}
+
+
+def _sunset(command: str, environ: dict[str, str], *options: str, input: str | None = None) -> str:  # noqa: A002
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", command, *options],
+        cwd=ROOT,
+        env=environ,
+        input=input,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """A folder in which `scripts/sunset` and `./var` are as the README has them, and the port of `sunset serve`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    command = scripts / "sunset"
+    command.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m app.cli "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    environ = _environ(SUNSET_PORT=str(port), SUNSET_LOG_FORMAT="json")
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [command, "serve"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        with server:
+            assert server.stdout is not None
+            try:
+                for line in server.stdout:  # what to open is printed when it can be opened
+                    if "/mailbox" in line:
+                        break
+                yield tmp_path, port
+            finally:
+                server.terminate()
+                server.communicate(timeout=30)
+    assert server.returncode == 0
+    logged = [json.loads(line) for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+    assert {entry["level"] for entry in logged} == {"info"}
+    assert re.findall(r"eyJ|[\w.]+@[\w.]+", (tmp_path / "log").read_text(encoding="utf-8")) == []
+
+
+def _shape(text: str) -> str:
+    """What stays the same from one run to the next."""
+    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
+    text = re.sub(r"\b[A-Z][a-z]+ \d{1,2}, \d{4},\s\d\d:\d\d\s+UTC", "MOMENT", text)
+    text = re.sub(r"\b[A-Z][A-Za-z0-9_-]{22}(?=\")", "ID", text)
+    text = re.sub(r"(?<=\"confirmationToken\":\")[^\"]+", "TOKEN", text)
+    text = re.sub(r"http://127\.0\.0\.1:\d+(/\S*\?token=)\S+", r"URL\1TOKEN", text)
+    return re.sub(r"\s+", " ", text).strip()  # a time's length decides where an email's lines break
+
+
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("bash")), reason="the story is told with curl and bash")
+def test_the_story_goes_as_it_is_told(served: tuple[Path, int]) -> None:
+    folder, port = served
+    chapter = README.partition("## The story\n")[2].partition("\n## States\n")[0]
+    blocks = re.findall(r"```(sh|json|text)\n(.*?)```", chapter, re.DOTALL)
+    told, script = [], "set -eu\n"
+    for language, block in blocks:
+        if language == "sh":
+            # A person is slower than the worker, which this waits for: the email that a block reads has come.
+            wanted = re.search(r"Hello \w+|links..confirm", block) if "var/mailbox" in block else None
+            if wanted:
+                script += f"until grep -qs '{wanted[0]}' var/mailbox/*.eml; do sleep 0.05; done\n"
+            script += block.replace(":8000", f":{port}") + "echo '@@@@'\n"
+            told.append("")
+        else:
+            told[-1] = json.dumps(json.loads(block), separators=(",", ":")) if language == "json" else block
+    done = subprocess.run(
+        ["bash"], input=script, cwd=folder, env=_environ(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    heard = done.stdout.split("@@@@\n")[:-1]
+    assert len([one for one in told if one]) > 8
+    assert [_shape(one) for one in heard] == [_shape(one) for one in told]
+
