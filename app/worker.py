@@ -160,7 +160,6 @@ class Worker:
         for task in self._deliveries:
             task.cancel()
         await asyncio.gather(*self._deliveries, return_exceptions=True)
-        await self._mailer.close()
 
 
 def link_url(base: str, purpose: LinkPurpose, token: str) -> str:

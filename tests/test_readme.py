@@ -223,4 +223,3 @@ def test_the_story_goes_as_it_is_told(served: tuple[Path, int]) -> None:
     heard = done.stdout.split("@@@@\n")[:-1]
     assert len([one for one in told if one]) > 8
     assert [_shape(one) for one in heard] == [_shape(one) for one in told]
-
