@@ -27,7 +27,7 @@ from tortoise.exceptions import IntegrityError, OperationalError, TransactionMan
 
 from app.db.listen import Wakeups
 from app.db.pool import Pool
-from app.db.transaction import Lease, block
+from app.db.transaction import Lease, block, current
 from app.db.values import utc
 from app.errors import Unavailable
 
@@ -56,8 +56,10 @@ _GONE = ("closed", "closing", "released")
 
 
 def _translate(error: BaseException) -> Exception | None:
-    if isinstance(error, _TRY_AGAIN) or (
-        isinstance(error, asyncpg.InterfaceError) and any(word in str(error) for word in _GONE)
+    if (
+        isinstance(error, _TRY_AGAIN)
+        or _was_never_sent(error)
+        or (isinstance(error, asyncpg.InterfaceError) and any(word in str(error) for word in _GONE))
     ):
         return Unavailable("The database cannot be reached or is too busy just now. Try again in a moment.")
     if isinstance(error, asyncpg.IntegrityConstraintViolationError):
@@ -67,6 +69,12 @@ def _translate(error: BaseException) -> Exception | None:
     if isinstance(error, asyncpg.InvalidTransactionStateError):
         return TransactionManagementError(error)
     return None
+
+
+def _was_never_sent(error: BaseException) -> bool:
+    """Whether the connection refused to begin: the server ended it while it was idle, and only half of that, the
+    message without the end of the stream, has been read yet. Such a statement can be repeated on another one."""
+    return isinstance(error, asyncpg.InternalClientError) and "another operation" in str(error)
 
 
 def _raise_translated(error: BaseException) -> None:
@@ -148,14 +156,17 @@ class PostgresClient(AsyncpgDBClient):
             self._connections.release(connection)
 
     async def begin(self) -> Connection:
-        connection = await self._connections.acquire()
-        try:
-            await connection.execute("BEGIN")
-        except BaseException as error:
-            await self._connections.recover(connection)
-            _raise_translated(error)
-            raise
-        return connection
+        while True:
+            connection = await self._connections.acquire()
+            try:
+                await connection.execute("BEGIN")
+            except BaseException as error:
+                await self._connections.recover(connection)
+                if _was_never_sent(error):
+                    continue  # recovering has dropped it, so this ends
+                _raise_translated(error)
+                raise
+            return connection
 
     async def finish(self, connection: Connection, *, commit: bool) -> None:
         if not commit:
@@ -204,8 +215,15 @@ class PostgresClient(AsyncpgDBClient):
     # The raw path.
 
     async def fetch(self, sql: str, args: tuple[Any, ...]) -> list[dict[str, Any]]:
-        async with Lease(self) as connection:
-            return [dict(record) for record in await connection.fetch(sql, *[_argument(value) for value in args])]
+        values = [_argument(value) for value in args]
+        while True:
+            try:
+                async with Lease(self) as connection:
+                    return [dict(record) for record in await connection.fetch(sql, *values)]
+            except Unavailable as error:
+                if current(self) is None and error.__cause__ is not None and _was_never_sent(error.__cause__):
+                    continue  # the lease has dropped that connection, so this ends
+                raise
 
     async def execute(self, sql: str, args: tuple[Any, ...]) -> int:
         async with Lease(self) as connection:

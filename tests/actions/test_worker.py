@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from app import cancellation, db, outbox
+from app import cancellation, db, outbox, policy
 from app import worker as worker_module
 from app.db import Database
 from app.delivery.email import SmtpMailer
@@ -85,10 +86,15 @@ async def all_settled() -> bool:
     return all(row["delivered_at"] or row["dead_at"] for row in (await rows()).values())
 
 
-async def lapse() -> None:
-    """Every lease ends, and every wait; whoever waits for work is woken."""
-    await db.execute("UPDATE outbox SET due_at = created_at WHERE delivered_at IS NULL AND dead_at IS NULL")
+async def end_waits() -> None:
+    """What waits for another try is due, and whoever waits for work is woken."""
+    await db.execute("UPDATE outbox SET due_at = created_at WHERE lease IS NULL AND attempts > 0")
     await db.notify(outbox.CHANNEL)
+
+
+async def end_leases() -> None:
+    """As if the five minutes were over."""
+    await db.execute("UPDATE outbox SET due_at = created_at WHERE lease IS NOT NULL")
 
 
 async def has_failed(who: str = ALICE) -> bool:
@@ -153,7 +159,7 @@ async def test_a_temporary_refusal_is_tried_again_with_the_same_message(
         assert "451" in failed["last_error"]
         assert db.as_datetime(failed["due_at"]) > await db.now(), "it waits"
         server.answer_recipient = lambda address: None
-        await lapse()
+        await end_waits()
         await until(all_settled, "both delivered")
     assert ((await rows())[ALICE]["attempts"], (await rows())[CAROL]["attempts"]) == (2, 1)
     assert Counter(accepted.recipient for accepted in server.messages) == {ALICE: 1, CAROL: 1}
@@ -166,7 +172,7 @@ async def test_a_server_that_stalls_is_given_up_and_tried_again(sqlite_house: St
         await until(has_failed, "the deadline")
         server.stall_at = None
         await until(lambda: has_failed(CAROL), "the other's deadline")
-        await lapse()
+        await end_waits()
         await until(all_settled, "both delivered")
     assert {row["dead_at"] for row in (await rows()).values()} == {None}
     assert Counter(accepted.recipient for accepted in server.messages) == {ALICE: 1, CAROL: 1}
@@ -181,7 +187,7 @@ async def test_a_connection_that_ends_after_the_content_makes_copies_with_one_me
         await until(has_failed, "the dropped connection")
         await until(lambda: has_failed(CAROL), "the other's dropped connection")
         server.drop_after_data = False
-        await lapse()
+        await end_waits()
         await until(all_settled, "both delivered")
     received = copies(server)
     assert set(received) == {row["message_id"] for row in (await rows()).values()}
@@ -234,7 +240,7 @@ async def test_a_message_that_this_version_cannot_read_is_kept_and_holds_up_no_o
         await until(lambda: has_failed(CAROL), "the failure")
         assert (await rows())[CAROL]["dead_at"] is None
         await db.execute("UPDATE outbox SET template = 'cancellation-notice' WHERE recipient_address = $1", CAROL)
-        await lapse()
+        await end_waits()
         await until(all_settled, "both delivered")
     assert {accepted.recipient for accepted in server.messages} == {ALICE, CAROL}
 
@@ -243,12 +249,8 @@ async def test_an_account_that_cannot_be_moved_holds_up_neither_mail_nor_others(
     sqlite_database: Database, tmp_path: Path, server: SmtpServer
 ) -> None:
     """A plan that has left the policy since: its cancellation waits for somebody to mend it, the others' do not."""
-    async with stage(sqlite_database, tmp_path) as house:
-        plans = {
-            code: replace(plan, effective=CancellationTiming.PERIOD_END)
-            for code, plan in house.installation.policy.plans.items()
-        }
-        house.installation = replace(house.installation, policy=replace(house.installation.policy, plans=plans))
+    shipped = policy.load().plans
+    plans = {code: replace(plan, effective=CancellationTiming.PERIOD_END) for code, plan in shipped.items()}
     async with stage(sqlite_database, tmp_path, plans=plans) as house:
         await house.cancel()
         await house.cancel("ingrid@initech.example", "initech", "Initech")
@@ -256,7 +258,7 @@ async def test_an_account_that_cannot_be_moved_holds_up_neither_mail_nor_others(
         await db.execute(
             "UPDATE account SET cancellation_effective_at = created_at WHERE status = 'CANCELLATION_SCHEDULED'"
         )
-        await db.execute("UPDATE account SET plan_code = 'gone', created_at = created_at WHERE reference = 'acme'")
+        await db.execute("UPDATE account SET plan_code = 'gone' WHERE reference = 'acme'")
         assert await cancellation.run_due(house.installation) == 1
         found = await db.fetch("SELECT reference, status FROM account WHERE reference IN ('acme', 'initech')")
         assert {row["reference"]: row["status"] for row in found} == {
@@ -276,7 +278,7 @@ async def test_an_account_that_cannot_be_moved_holds_up_neither_mail_nor_others(
 def process(house: Stage, server: SmtpServer, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
     """`sunset worker` on the house's database, in a process of its own."""
     worker = subprocess.Popen(
-        [sys.executable, "-c", "from app.cli import main; main()", "worker"],
+        [sys.executable, "-m", "app.cli", "worker"],
         env={
             **os.environ,
             "SUNSET_DATA_DIR": str(house.settings.data_dir),
@@ -297,23 +299,20 @@ def process(house: Stage, server: SmtpServer, **environ: str) -> Iterator[subpro
 
 @pytest.mark.postgres
 async def test_a_worker_killed_in_mid_delivery_loses_nothing(postgres_house: Stage, server: SmtpServer) -> None:
+    def stall_after_five(_: str) -> None:
+        if len(server.messages) >= 5:
+            server.stall_at = "DATA"
+
     await promise(40)
-    server.delay = 0.02
+    server.answer_recipient = stall_after_five
     with process(postgres_house, server) as first:
-
-        async def in_the_middle() -> bool:
-            leased = await db.fetch("SELECT id FROM outbox WHERE lease IS NOT NULL")
-            return len(server.messages) >= 5 and bool(leased)
-
-        await until(in_the_middle, "a few messages")
+        await asyncio.to_thread(server.stalled.wait, 30)
         first.send_signal(signal.SIGKILL)
         await asyncio.to_thread(first.wait)
     assert first.returncode == -signal.SIGKILL
-    assert not await all_settled()
-    left = [row for row in (await rows()).values() if row["lease"] is not None]
-    assert left, "it died with claims"
-    server.delay = 0
-    await lapse()
+    assert [row for row in (await rows()).values() if row["lease"] is not None], "it died with claims"
+    server.answer_recipient, server.stall_at = lambda _: None, None
+    await end_leases()
     with process(postgres_house, server) as second:
         await until(all_settled, "the rest, by the second worker")
         second.send_signal(signal.SIGTERM)
@@ -329,15 +328,18 @@ async def test_a_worker_killed_in_mid_delivery_loses_nothing(postgres_house: Sta
 async def test_a_worker_told_to_stop_finishes_what_it_has_begun_and_begins_nothing_more(
     postgres_house: Stage, server: SmtpServer
 ) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def wait_for_the_order(_: str) -> None:
+        reached.set()
+        go_on.wait(30)
+
     await promise(12)
-    server.delay = 0.1
+    server.answer_recipient = wait_for_the_order
     with process(postgres_house, server, SUNSET_WORKER_CONCURRENCY="2") as worker:
-
-        async def begun() -> bool:
-            return "MAIL" in server.commands
-
-        await until(begun, "the first delivery")
+        await asyncio.to_thread(reached.wait, 30)
         worker.send_signal(signal.SIGTERM)
+        go_on.set()
         assert await asyncio.to_thread(worker.wait) == 0
     left = await rows()
     delivered = [row for row in left.values() if row["delivered_at"] is not None]

@@ -1,0 +1,424 @@
+"""The lifecycle as a state machine: whoever does whatever in whichever order, the database agrees with a small model.
+
+The model is written from the vocabulary of the lifecycle, not from the code: it knows who may do what when, and says
+for each action what must come of it. After each step the rows are compared with it, and with the rules that always
+hold.
+"""
+
+import asyncio
+import shutil
+from collections.abc import Awaitable
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+from uuid import UUID
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from app import auth, cancellation, db, demo, errors, feedback, lifecycle, main, offers, policy, restart
+from app.auth import Call, Installation
+from app.db import Database
+from app.lifecycle import AccountStatus, CancellationTiming, FeedbackReason
+from tests import cast
+from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, GINA, SUPPORT
+
+INGRID = "ingrid@initech.example"
+PEOPLE = (ALICE, CAROL, BOB, GINA, INGRID, CSM, BILLING, SUPPORT)
+STAFF = {CSM, BILLING, SUPPORT}
+
+BILLING_MEMBERS = {"acme": {ALICE, CAROL}, "initech": {INGRID}, "globex": {GINA}}
+MEMBERS = {"acme": {ALICE, CAROL, BOB}, "initech": {INGRID}, "globex": {GINA}}
+NAMES = {"acme": "Acme", "initech": "Initech", "globex": "Globex"}
+ASSISTED = {"globex"}
+AT_PERIOD_END = {"initech"}
+
+NOT_CONFIRMED_YET = {"PENDING_ASSISTANCE", "PENDING_CONFIRMATION"}
+
+accounts = st.sampled_from(sorted(NAMES))
+people = st.sampled_from(PEOPLE)
+
+
+@dataclass
+class Request:
+    id: UUID
+    by: str
+    status: str
+    opened_by_staff: bool = False
+    is_late: bool = False
+    wrong_tries: int = 0
+    generation: int = 0
+    feedback: int = 0
+
+
+@dataclass
+class Account:
+    reference: str
+    id: UUID
+    status: str = "ACTIVE"
+    epoch: int = 0
+    requests: list[Request] = field(default_factory=list)
+    history: list[str] = field(default_factory=list)
+    accepted: set[str] = field(default_factory=set)
+    seen: list[tuple[Any, ...]] = field(default_factory=list)
+    """The history's rows as they were after the step before."""
+
+    @property
+    def open(self) -> Request | None:
+        newest = self.requests[-1] if self.requests else None
+        return newest if newest and newest.status in NOT_CONFIRMED_YET | {"CONFIRMED"} else None
+
+    @property
+    def pending(self) -> Request | None:
+        """What can still be confirmed, or opened so that it can."""
+        request = self.open
+        return request if request and request.status in NOT_CONFIRMED_YET and not request.is_late else None
+
+    def refused(self, who: str, allowed: set[str]) -> type[Exception] | None:
+        """Who is refused whatever the state, and how: a stranger, a former member, somebody without the permission."""
+        if who not in STAFF:
+            if who not in MEMBERS[self.reference]:
+                return errors.NotFound
+            if self.status == "CANCELED":
+                return errors.AccessRemoved
+        return None if who in allowed else errors.PermissionDenied
+
+
+class Lifecycle(RuleBasedStateMachine):
+    """One example: a database of its own with the demo company, and its model."""
+
+    seed: ClassVar[Path]
+    installation: ClassVar[Installation]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.file = self.seed.with_name("example.db")
+        shutil.copy(self.seed, self.file)
+        self.runner = asyncio.Runner()
+        self.database = self.runner.run(Database.open(f"sqlite://{self.file}"))
+        self.model: dict[str, Account] = {}
+
+    def teardown(self) -> None:
+        self.runner.run(self.database.close())
+        self.runner.close()
+
+    def run(self, action: Awaitable[Any]) -> Any:
+        async def bound() -> Any:
+            with self.database.bind():
+                return await action
+
+        return self.runner.run(bound())
+
+    def call(self, who: str) -> Call:
+        token = self.installation.tokens.mint(cast.subject(who), timedelta(hours=1))
+        return Call(identity=self.run(self.installation.tokens.verify(token)), installation=self.installation)
+
+    def expect(self, refusal: type[Exception] | None, action: Awaitable[Any]) -> Any:
+        """The action's answer, or None when it was refused as it had to be."""
+        answer, refused = None, None
+        try:
+            answer = self.run(action)
+        except (errors.Refusal, errors.RequestError) as error:
+            refused = error
+        assert (type(refused) if refused else None) is refusal, f"it came to {answer} {refused!r}"
+        return answer
+
+    @initialize()
+    def read_accounts(self) -> None:
+        for row in self.run(db.fetch("SELECT id, reference FROM account")):
+            if row["reference"] in NAMES:
+                self.model[row["reference"]] = Account(row["reference"], db.as_uuid(row["id"]))
+
+    # ---------------------------------------------------------------------------------------------------- actions
+
+    @rule(reference=accounts, who=people, reason=st.none() | st.sampled_from(FeedbackReason))
+    def cancel(self, reference: str, who: str, reason: FeedbackReason | None) -> None:
+        account = self.model[reference]
+        by_staff = who in STAFF
+        refusal = account.refused(who, BILLING_MEMBERS[reference] | {CSM, BILLING})
+        request = account.pending
+        if refusal is None and account.status != "ACTIVE":
+            refusal = errors.AccountStateRefused
+        opens = by_staff and request is not None and request.status == "PENDING_ASSISTANCE"
+        if refusal is None and request is not None and not (opens or request.by == who or request.opened_by_staff):
+            refusal = errors.CancellationAlreadyRequested
+        done = self.expect(
+            refusal,
+            cancellation.cancel(self.call(who), account.id, reason=reason, note="She is sure." if by_staff else None),
+        )
+        if done is None:
+            return
+        if request is None:
+            late = account.open
+            if late is not None:
+                late.status = "EXPIRED"
+                account.history.append("cancellation_expired")
+            request = Request(done.request_id, who, "PENDING_CONFIRMATION", opened_by_staff=by_staff)
+            account.requests.append(request)
+            account.history.append("cancellation_requested")
+            if reference in ASSISTED and not by_staff:
+                request.status = "PENDING_ASSISTANCE"
+                account.history.append("cancellation_assistance_requested")
+        elif opens:
+            request.status, request.opened_by_staff = "PENDING_CONFIRMATION", True
+            account.history.append("cancellation_requested")
+        elif request.status == "PENDING_CONFIRMATION" and request.wrong_tries == lifecycle.MAX_WRONG_TRIES:
+            request.wrong_tries, request.generation = 0, request.generation + 1
+        assert done.request_id == request.id
+        confirmable = request.status == "PENDING_CONFIRMATION" and not by_staff
+        assert done.confirmation_token == (self.token(request) if confirmable else None)
+
+    def token(self, request: Request) -> str:
+        return self.installation.tokens.confirmation_token(request.id, request.generation)
+
+    @rule(
+        reference=accounts,
+        who=people,
+        right=st.sampled_from([True, True, False]),
+        typed=st.sampled_from([True, True, False]),
+    )
+    def confirm(self, reference: str, who: str, right: bool, typed: bool) -> None:
+        account = self.model[reference]
+        if not account.requests:
+            return
+        request = account.requests[-1]
+        refusal = account.refused(who, BILLING_MEMBERS[reference])
+        if refusal is None and (account.pending is None or request.status != "PENDING_CONFIRMATION"):
+            refusal = errors.ConfirmationExpired if request.is_late and account.open else errors.AccountStateRefused
+        if refusal is None and (not right or request.wrong_tries == lifecycle.MAX_WRONG_TRIES):
+            refusal = errors.ConfirmationTokenInvalid
+            request.wrong_tries += request.wrong_tries < lifecycle.MAX_WRONG_TRIES
+        if refusal is None and not typed:
+            refusal = errors.AccountNameMismatch
+        done = self.expect(
+            refusal,
+            cancellation.confirm(
+                self.call(who),
+                request.id,
+                confirmation_token=self.token(request) if right else "guess",
+                account_name=NAMES[reference] if typed else "Something else",
+            ),
+        )
+        if done is None:
+            return
+        if reference in AT_PERIOD_END:
+            request.status, account.status = "CONFIRMED", "CANCELLATION_SCHEDULED"
+            account.history.append("cancellation_scheduled")
+        else:
+            self.take_effect(account, request)
+
+    def take_effect(self, account: Account, request: Request) -> None:
+        request.status, account.status = "EFFECTIVE", "CANCELED"
+        account.epoch += 1
+        account.history.append("canceled")
+
+    @rule(reference=accounts, who=people)
+    def withdraw(self, reference: str, who: str) -> None:
+        account = self.model[reference]
+        refusal = account.refused(who, BILLING_MEMBERS[reference] | {CSM})
+        request = account.open if account.status == "CANCELLATION_SCHEDULED" else account.pending
+        if refusal is None and request is None:
+            refusal = errors.AccountStateRefused
+        if self.expect(refusal, cancellation.withdraw(self.call(who), account.id)) is not None:
+            assert request is not None
+            request.status, account.status = "WITHDRAWN", "ACTIVE"
+            account.history.append("cancellation_withdrawn")
+
+    @rule(reference=accounts, who=people, accepting=st.booleans(), pick=st.integers(0, 5))
+    def answer_offer(self, reference: str, who: str, accepting: bool, pick: int) -> None:
+        account = self.model[reference]
+        made = self.run(
+            db.fetch(
+                "SELECT id, request_id, code, status FROM offer WHERE account_id = $1 ORDER BY id DESC", account.id
+            )
+        )
+        if not made:
+            return
+        offer = made[pick % len(made)]
+        request = account.pending
+        refusal = account.refused(who, BILLING_MEMBERS[reference])
+        if refusal is None and request is None:
+            refusal = errors.AccountStateRefused
+        if refusal is None and request is not None and db.as_uuid(offer["request_id"]) != request.id:
+            refusal = errors.RequestStateRefused
+        if refusal is None and offer["status"] != "OPEN":
+            refusal = errors.OfferUnavailable
+        action = offers.accept if accepting else offers.decline
+        if self.expect(refusal, action(self.call(who), db.as_uuid(offer["id"]))) is None:
+            return
+        assert request is not None
+        assert offer["code"] not in account.accepted, "not made again within its cooldown"
+        if accepting:
+            request.status = "SAVED"
+            account.accepted.add(offer["code"])
+        account.history.append("offer_accepted" if accepting else "offer_declined")
+
+    @rule(reference=accounts, who=people, pick=st.integers(0, 5), reason=st.sampled_from(FeedbackReason))
+    def submit_feedback(self, reference: str, who: str, pick: int, reason: FeedbackReason) -> None:
+        account = self.model[reference]
+        if not account.requests:
+            return
+        request = account.requests[-1 - pick % len(account.requests)]
+        refusal = account.refused(who, BILLING_MEMBERS[reference])
+        if refusal is None and request.feedback == lifecycle.MAX_FEEDBACK_PER_REQUEST:
+            refusal = errors.InvalidInput
+        action = feedback.submit(self.call(who), request.id, reason=reason, comment="Because")
+        if self.expect(refusal, action) is not None:
+            request.feedback += 1
+            account.history.append("feedback_submitted")
+
+    @rule(reference=accounts, who=st.sampled_from([BILLING, BILLING, *PEOPLE]))
+    def restart(self, reference: str, who: str) -> None:
+        account = self.model[reference]
+        refusal = account.refused(who, {BILLING})
+        if refusal is None and account.status != "CANCELED":
+            refusal = errors.AccountStateRefused
+        if self.expect(refusal, restart.restart(self.call(who), account.id)) is not None:
+            account.requests[-1].status, account.status = "REVERTED", "ACTIVE"
+            account.epoch += 1
+            account.history.append("restarted")
+
+    # --------------------------------------------------------------------------------------------- the clock moves
+
+    @rule(reference=accounts)
+    def the_time_to_confirm_passes(self, reference: str) -> None:
+        request = self.model[reference].open
+        if request is not None and request.status == "PENDING_CONFIRMATION":
+            self.run(
+                db.execute(
+                    "UPDATE cancellation_request SET confirmation_expires_at = requested_at WHERE id = $1", request.id
+                )
+            )
+            request.is_late = True
+
+    @rule(reference=accounts)
+    def the_paid_period_ends(self, reference: str) -> None:
+        account = self.model[reference]
+        if account.status == "CANCELLATION_SCHEDULED":
+            self.run(db.execute("UPDATE account SET cancellation_effective_at = created_at WHERE id = $1", account.id))
+
+    @rule()
+    def timers_run(self) -> None:
+        due = 0
+        for account in self.model.values():
+            request = account.open
+            if request is not None and request.is_late and request.status == "PENDING_CONFIRMATION":
+                request.status = "EXPIRED"
+                account.history.append("cancellation_expired")
+                due += 1
+            row = self.run(
+                db.fetch_one(
+                    "SELECT cancellation_effective_at = created_at AS due FROM account WHERE id = $1", account.id
+                )
+            )
+            if row["due"]:
+                assert request is not None
+                self.take_effect(account, request)
+                due += 1
+        assert self.run(cancellation.run_due(self.installation)) == due
+
+    @rule(reference=accounts)
+    def nobody_restarts_after_the_window(self, reference: str) -> None:
+        """The window is over for a moment: the billing team is refused, and the account stays as it is."""
+        account = self.model[reference]
+        if account.status != "CANCELED":
+            return
+        dates = self.run(
+            db.fetch_one(
+                "SELECT canceled_at, restartable_until, deletion_scheduled_for FROM account WHERE id = $1", account.id
+            )
+        )
+        move = "UPDATE account SET canceled_at = $2, restartable_until = $3, deletion_scheduled_for = $4 WHERE id = $1"
+        start, *ends = (db.as_datetime(value) for value in dates.values())
+        past = start - timedelta(hours=1_500)
+        over = past + timedelta(hours=1_440)
+        self.run(db.execute(move, account.id, past, over, over))
+        self.expect(errors.RestartWindowClosed, restart.restart(self.call(BILLING), account.id))
+        self.run(db.execute(move, account.id, start, *ends))
+
+    # ------------------------------------------------------------------------------------------- what always holds
+
+    @invariant()
+    def rows_agree(self) -> None:
+        for account in self.model.values():
+            row = self.run(db.fetch_one("SELECT * FROM account WHERE id = $1", account.id))
+            assert (row["status"], row["epoch"]) == (account.status, account.epoch)
+            is_canceled = account.status == "CANCELED"
+            assert [
+                row[name] is not None for name in ("canceled_at", "restartable_until", "deletion_scheduled_for")
+            ] == [is_canceled] * 3
+            assert (row["cancellation_effective_at"] is not None) == (account.status == "CANCELLATION_SCHEDULED")
+            if is_canceled:
+                window = db.as_datetime(row["deletion_scheduled_for"]) - db.as_datetime(row["canceled_at"])
+                assert window == timedelta(hours=1_440)
+            requests = self.run(
+                db.fetch("SELECT id, status FROM cancellation_request WHERE account_id = $1 ORDER BY id", account.id)
+            )
+            assert [(db.as_uuid(one["id"]), one["status"]) for one in requests] == [
+                (one.id, one.status) for one in account.requests
+            ]
+            assert sum(one["status"] in lifecycle.OPEN_REQUEST for one in requests) <= 1
+            given = self.run(db.fetch_one("SELECT count(*) AS given FROM feedback WHERE account_id = $1", account.id))
+            assert given["given"] == sum(one.feedback for one in account.requests)
+
+    @invariant()
+    def history_is_appended(self) -> None:
+        for account in self.model.values():
+            rows = self.run(db.fetch("SELECT * FROM transition WHERE account_id = $1 ORDER BY sequence", account.id))
+            assert [row["sequence"] for row in rows] == list(range(1, len(rows) + 1))
+            assert [row["type"].removeprefix("account.") for row in rows] == account.history
+            epochs = [row["epoch"] for row in rows]
+            assert epochs == sorted(epochs)
+            assert (epochs[-1] if rows else 0) == account.epoch
+            assert (rows[-1]["account_status"] if rows else "ACTIVE") == account.status
+            told = [tuple(row.values()) for row in rows]
+            assert told[: len(account.seen)] == account.seen, "what was written stays as it was"
+            account.seen = told
+
+    @invariant()
+    def access_and_messages_follow_the_status(self) -> None:
+        for reference, account in self.model.items():
+            is_open = account.status != "CANCELED"
+            assert lifecycle.can_send_messages(AccountStatus(account.status)) is is_open
+            for who in sorted(MEMBERS[reference])[:1]:
+                caller = self.expect(
+                    None if is_open else errors.AccessRemoved, auth.identify(self.call(who), account.id)
+                )
+                assert (caller is not None) is is_open
+
+
+def test_the_lifecycle_agrees_with_its_model(sqlite_template: Path, tmp_path: Path) -> None:
+    seed = tmp_path / "seed.db"
+    shutil.copy(sqlite_template, seed)
+    url = f"sqlite://{seed}"
+    plans = dict(policy.load().plans)
+    plans["startup"] = replace(plans["startup"], effective=CancellationTiming.PERIOD_END)
+    installation = main.installation(cast.settings(tmp_path, url))
+    installation = replace(installation, policy=replace(installation.policy, plans=plans))
+
+    async def make() -> None:
+        database = await Database.open(url)
+        try:
+            with database.bind():
+                await demo.make(installation)
+        finally:
+            await database.close()
+
+    asyncio.run(make())
+
+    class Seeded(Lifecycle):
+        pass
+
+    Seeded.seed, Seeded.installation = seed, installation
+    run_state_machine_as_test(
+        Seeded,
+        settings=settings(
+            max_examples=12,
+            stateful_step_count=40,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
