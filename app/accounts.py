@@ -74,10 +74,10 @@ COLUMNS = ", ".join(
 )
 """What `view` needs of `account a` with `JOINS`."""
 
-JOINS = (
-    f"LEFT JOIN cancellation_request r ON r.account_id = a.id AND r.status IN {_OPEN} "
-    "LEFT JOIN staff c ON c.id = a.csm_id"
-)
+_CSM = "LEFT JOIN staff c ON c.id = a.csm_id AND c.deactivated_at IS NULL AND c.role = 'CUSTOMER_SUCCESS_MANAGER'"
+"""Somebody who has left, or does something else now, is nobody's Customer Success Manager."""
+
+JOINS = f"LEFT JOIN cancellation_request r ON r.account_id = a.id AND r.status IN {_OPEN} {_CSM}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +149,7 @@ class AccountView:
             channel=plan.channel,
             effective=plan.effective,
             current_period_end=self.current_period_end,
+            cancellation_effective_at=self.cancellation_effective_at,
             restartable_until=self.restartable_until,
             deletion_scheduled_for=self.deletion_scheduled_for,
             csm=self.csm or policy.customer_success,
@@ -294,7 +295,7 @@ def _account_conditions(where: _Where, wanted: AccountFilter) -> None:
     if wanted.plan_codes is not None:
         where.add(where.one_of("a.plan_code", sorted(wanted.plan_codes)))
     if wanted.csm_email is not None:
-        where.add(f"a.csm_id IN (SELECT id FROM staff WHERE email = {where.arg(wanted.csm_email)})")
+        where.add(f"a.csm_id IN (SELECT id FROM staff WHERE email = {where.arg(wanted.csm_email.lower())})")
     if wanted.deletion_from is not None:
         where.add(f"a.deletion_scheduled_for >= {where.arg(wanted.deletion_from)}")
     if wanted.deletion_before is not None:
@@ -361,13 +362,13 @@ async def request_page(wanted: RequestFilter, *, after: tuple[Any, ...] | None, 
     where = _Where()
     where.add(where.one_of("r.status", sorted(wanted.statuses)))
     if wanted.csm_id is not None:
-        where.add(f"(a.csm_id = {where.arg(wanted.csm_id)} OR a.csm_id IS NULL)")
+        where.add(f"(c.id = {where.arg(wanted.csm_id)} OR c.id IS NULL)")
     if after is not None:
         where.add(f"(r.requested_at, r.id) > ({where.arg(after[0])}, {where.arg(after[1])})")
     columns = ", ".join(f"r.{column}" for column in _REQUEST)
     rows = await db.fetch(
-        f"SELECT {columns} FROM cancellation_request r JOIN account a ON a.id = r.account_id WHERE {where.sql()} "
-        f"ORDER BY r.requested_at, r.id LIMIT {int(limit)}",
+        f"SELECT {columns} FROM cancellation_request r JOIN account a ON a.id = r.account_id {_CSM} "
+        f"WHERE {where.sql()} ORDER BY r.requested_at, r.id LIMIT {int(limit)}",
         *where.args,
     )
     return [_request(row, "") for row in rows]

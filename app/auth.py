@@ -143,11 +143,11 @@ class Caller:
                 relations.add(Relation.STAFF)
                 if self.staff.role is StaffRole.BILLING_TEAM:
                     relations.add(Relation.BILLING_TEAM)
-                # An account that names no CSM belongs to all of them.
+                # An account that names none, or one who has left, belongs to all of them.
                 if (
                     self.staff.role is StaffRole.CUSTOMER_SUCCESS_MANAGER
                     and self.account is not None
-                    and self.account.csm_id in (None, self.staff.id)
+                    and (self.account.csm is None or self.account.csm_id == self.staff.id)
                 ):
                     relations.add(Relation.ACCOUNT_CSM)
             if self.service is not None:
@@ -326,7 +326,7 @@ async def require_staff(call: Call) -> Caller:
 
 async def require_scope(call: Call, scope: Scope) -> Caller:
     """The caller, when they are a service with that scope. Raises `PermissionDenied`."""
-    caller = await identify(call)
+    caller = await require_known(call)
     if caller.service is None or scope not in caller.service.scopes:
         raise errors.PermissionDenied(f"This needs a service token whose service has the scope {scope.value!r}.")
     return caller

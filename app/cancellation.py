@@ -102,13 +102,18 @@ async def _cancel(
     if open_request is not None and lifecycle.has_expired(open_request.facts(), acting.now):
         await _expire(acting.account, open_request, acting.now)
         open_request = None
+    replaced = False
     if open_request is None:
         request = await _create(installation, acting, step, note)
     else:
         request = await CancellationRequest.get(id=open_request.id)
+        generation = request.confirmation_generation
         await _advance(installation, acting, step, request, note)
+        replaced = request.confirmation_generation != generation
     await offers.make(installation.policy, acting.account, request.id, reason, acting.now)
-    if step in {CancelStep.OPEN, CancelStep.OPEN_NEW}:
+    if request.status is RequestStatus.PENDING_CONFIRMATION and (
+        step in {CancelStep.OPEN, CancelStep.OPEN_NEW} or (replaced and request.opened_by_staff_at is not None)
+    ):
         await _ask_members_to_confirm(installation, acting, request)
     if step in {CancelStep.REQUEST_ASSISTANCE, CancelStep.HAND_OVER}:
         await _hand_to_csm(installation, acting, request)
@@ -172,6 +177,11 @@ async def _advance(
         request.confirmation_generation += 1
         request.wrong_tries = 0
         kind = TransitionType.CANCELLATION_ASSISTANCE_REQUESTED
+    elif step is CancelStep.CONFIRM_ALONE:
+        request.channel = acting.facts.channel
+        request.plan_code = acting.account.plan_code
+        _await_confirmation(installation, request, acting.now)
+        kind = TransitionType.CANCELLATION_REQUESTED
     elif request.status is RequestStatus.PENDING_CONFIRMATION and request.wrong_tries >= MAX_WRONG_TRIES:
         request.confirmation_generation += 1
         request.confirmation_token_hash = _token_hash(installation, request)
@@ -239,9 +249,9 @@ async def _hand_to_csm(installation: Installation, acting: Acting, request: Canc
 
 
 async def _ask_members_to_confirm(installation: Installation, acting: Acting, request: CancellationRequest) -> None:
-    staff = acting.caller.staff
-    assert staff is not None
+    assert request.opened_by_staff_id is not None
     assert request.confirmation_expires_at is not None
+    staff = (await accounts.people([request.opened_by_staff_id]))[request.opened_by_staff_id]
     await outbox.put(
         [
             outbox.Addressed(
@@ -250,7 +260,7 @@ async def _ask_members_to_confirm(installation: Installation, acting: Acting, re
                 email=ConfirmationRequested(
                     account_name=acting.account.name,
                     plan_name=acting.account.plan(installation.policy).name,
-                    opened_by=Contact(name=staff.name, email=staff.email),
+                    opened_by=Contact(name=staff.name, email=staff.email or ""),
                     expires_at=request.confirmation_expires_at,
                     link=_link(
                         LinkPurpose.CONFIRM,
@@ -420,7 +430,7 @@ async def confirm(
                 idempotency_key,
                 values,
                 acting.account.id,
-                lambda: _confirm(call.installation, acting, found.id, token, account_name),
+                lambda: _confirm(call.installation, acting, found.id, token, account_name, counted=grant is None),
             )
         except errors.ConfirmationTokenInvalid as refusal:
             wrong_try = refusal  # Raised after the commit, which keeps the count.
@@ -432,7 +442,7 @@ async def confirm(
 
 
 async def _confirm(
-    installation: Installation, acting: Acting, request_id: UUID, token: str, account_name: str
+    installation: Installation, acting: Acting, request_id: UUID, token: str, account_name: str, *, counted: bool
 ) -> dict[str, Any]:
     account = acting.account
     lifecycle.check(Action.CONFIRM_CANCELLATION, acting.actor, acting.facts, acting.now)
@@ -440,7 +450,7 @@ async def _confirm(
         raise errors.RequestStateRefused(
             "This cancellation request is closed, and the account has a newer one.", request_id=request_id
         )
-    await _check_token(request_id, token)
+    await _check_token(request_id, token, counted=counted)
     if account_name.strip() != account.name:
         raise errors.AccountNameMismatch(f"Type the account's name exactly as it is written: {account.name}")
     assert acting.actor.id is not None
@@ -459,13 +469,18 @@ async def _confirm(
     return {}
 
 
-async def _check_token(request_id: UUID, token: str) -> None:
-    """Raises `ConfirmationTokenInvalid`, after counting a wrong try."""
+async def _check_token(request_id: UUID, token: str, *, counted: bool) -> None:
+    """Raises `ConfirmationTokenInvalid`, after counting a wrong try. The token of an emailed link is signed by us: a
+    wrong one is an old one and no guess, and is not counted."""
     request = await CancellationRequest.get(id=request_id).only("wrong_tries", "confirmation_token_hash")
     left = MAX_WRONG_TRIES - request.wrong_tries
     right = hmac.compare_digest(hash_confirmation_token(token), request.confirmation_token_hash or "")
     if right and left > 0:
         return
+    if not counted:
+        raise errors.ConfirmationTokenInvalid(
+            "This link has been replaced by a newer one. Use the newest email.", attempts_left=left
+        )
     if left > 0:
         left -= 1
         await CancellationRequest.filter(id=request_id).update(wrong_tries=MAX_WRONG_TRIES - left)

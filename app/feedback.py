@@ -9,9 +9,9 @@ from app.auth import Acting, Call, Installation, act_on
 from app.lifecycle import (
     MAX_COMMENT_LENGTH,
     MAX_FEEDBACK_PER_REQUEST,
-    OPEN_REQUEST,
     Action,
     FeedbackReason,
+    RequestStatus,
     TransitionType,
 )
 from app.models import Feedback
@@ -82,7 +82,12 @@ async def _submit(
         actor=acting.actor,
         now=acting.now,
     )
-    is_pending = request.status in OPEN_REQUEST and lifecycle.can_send_messages(acting.account.status)
-    if is_pending and request.confirmed_at is None:
+    current = acting.account.request  # as it is under the lock
+    if (
+        current is not None
+        and current.id == request.id
+        and current.status is not RequestStatus.CONFIRMED
+        and not lifecycle.has_expired(current.facts(), acting.now)
+    ):
         await offers.make(installation.policy, acting.account, request.id, reason, acting.now)
     return {"feedback": str(feedback.id)}

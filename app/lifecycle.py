@@ -215,6 +215,7 @@ class AccountFacts:
     channel: Channel
     effective: CancellationTiming
     current_period_end: datetime | None
+    cancellation_effective_at: datetime | None
     restartable_until: datetime | None
     deletion_scheduled_for: datetime | None
     csm: Contact
@@ -257,7 +258,7 @@ RULES: Mapping[Action, Rule] = {
         _BILLING_MEMBER | {Relation.ACCOUNT_CSM, Relation.BILLING_TEAM}, _PENDING | {Phase.ACTIVE}
     ),
     Action.SUBMIT_FEEDBACK: Rule(
-        _BILLING_MEMBER | {Relation.CONFIRM_LINK, Relation.FEEDBACK_LINK},
+        _BILLING_MEMBER | {Relation.FEEDBACK_LINK},
         _PENDING | {Phase.ACTIVE, Phase.SCHEDULED, Phase.CANCELED},
     ),
     Action.ACCEPT_OFFER: Rule(_BILLING_MEMBER, _PENDING),
@@ -319,6 +320,9 @@ def check(action: Action, actor: Actor, account: AccountFacts, now: datetime) ->
                 expired_at=account.request.confirmation_expires_at,
             )
         raise errors.AccountStateRefused(_STATE_MESSAGES[phase], account_id=account.id)
+    effective_at = account.cancellation_effective_at
+    if action is Action.WITHDRAW_CANCELLATION and effective_at is not None and effective_at <= now:
+        raise errors.AccountStateRefused("The cancellation is just taking effect.", account_id=account.id)
     if action is Action.CONFIRM_CANCELLATION and account.request and _needs_assistance(account, account.request):
         raise assisted_plan(account)
 
@@ -382,6 +386,7 @@ class CancelStep(StrEnum):
     REQUEST_ASSISTANCE = "a new request, handed to the Customer Success Manager"
     HAND_OVER = "the member's request waits for confirmation, and now the plan needs the Customer Success Manager"
     OPEN = "the Customer Success Manager lets the waiting request be confirmed"
+    CONFIRM_ALONE = "the member's request waits for assistance, and now the plan needs none"
     OPEN_NEW = "staff opens a request by itself; the members are asked to confirm"
     RETURN = "the open request is returned as it is"
 
@@ -409,6 +414,9 @@ def cancel(actor: Actor, account: AccountFacts, now: datetime) -> CancelStep:
         and _needs_assistance(account, request)
     ):
         return CancelStep.HAND_OVER
+    waits_for_csm = request.status is RequestStatus.PENDING_ASSISTANCE
+    if by_member and own and waits_for_csm and account.channel is Channel.SELF_SERVE:
+        return CancelStep.CONFIRM_ALONE
     if own or request.opened_by_staff_at is not None:
         return CancelStep.RETURN
     raise errors.CancellationAlreadyRequested(

@@ -205,6 +205,8 @@ class _Batch:
         self._ids: dict[str, UUID] = {}
         self._created: set[UUID] = set()
         self._changed: set[UUID] = set()
+        self._canceled: set[UUID] = set()
+        """Their members stay, whatever the host lists: a restart brings them back as they were."""
 
     def results(self) -> list[ItemResult]:
         return [self._result(index, item) for index, item in enumerate(self._items)]
@@ -295,6 +297,8 @@ class _Batch:
         for row in rows:
             reference, id_ = row["reference"], db.as_uuid(row["id"])
             self._ids[reference] = id_
+            if AccountStatus(row["status"]) is AccountStatus.CANCELED:
+                self._canceled.add(id_)
             if AccountStatus(row["status"]) in {AccountStatus.DELETING, AccountStatus.DELETED}:
                 self._refuse(
                     reference,
@@ -333,7 +337,7 @@ class _Batch:
         accounts = [
             {"account_id": self._ids[reference]}
             for reference, item in self._accepted.items()
-            if item.members is not None and self._ids[reference] not in self._created
+            if item.members is not None and self._ids[reference] not in self._created | self._canceled
         ]
         rows = _json(
             [

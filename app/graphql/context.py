@@ -34,6 +34,10 @@ class Context:
         """Refuse who is not known, or has lost access, before anything of the schema is answered."""
         await require_known(self.call)
 
+    def forget(self) -> None:
+        """Begin with empty loaders: a mutation has changed what an earlier one of the same document had read."""
+        self.__dict__ = {"call": self.call}
+
     @cached_property
     def feedback(self) -> DataLoader[UUID, list[FeedbackView]]:
         return _by_id(accounts.feedback_of)

@@ -48,6 +48,7 @@ _KEY = (
 
 async def _shown(info: Info, view: AccountView) -> Account:
     """The account after the action, through the caller's eyes."""
+    info.context.forget()
     caller = await auth.look(info.context.call, view)
     return Account.of(view, Perspective.of(caller, info.context.policy))
 
@@ -439,6 +440,7 @@ class Mutation:
             comment=input.comment,
             idempotency_key=input.idempotency_key,
         )
+        info.context.forget()
         made = await info.context.offers.load(view.request_id)
         return SubmitFeedbackSuccess(feedback=Feedback.of(view), offers=[Offer.of(offer) for offer in made])
 

@@ -64,6 +64,7 @@ _MEMBERSHIPS = Keyset(name="memberships:name", types=(str, UUID))
 @strawberry.type(description="What the caller is in one account.")
 class Membership:
     account: Account = describe("The account.")
+    member: Member = describe("The caller, as the account knows them.")
     role: MemberRole = describe("The caller's role.")
     permissions: list[Permission] = describe("What was granted to the caller.")
     has_billing_permission: bool = describe('Whether the caller has "Access billing & account info".')
@@ -98,6 +99,7 @@ class Viewer:
             shown = Member.of(member)
             return Membership(
                 account=Account.of(view, Perspective.on(self._caller, policy, view, member)),
+                member=shown,
                 role=shown.role,
                 permissions=shown.permissions,
                 has_billing_permission=shown.has_billing_permission,

@@ -348,6 +348,8 @@ class CancellationRequest(Node):
 
     @strawberry.field(description="Who asked.")
     async def requested_by(self, info: Info) -> ActorRef:
+        if not self._eye.sees_billing:
+            return ActorRef.of(self._view.requested_by_kind, None)
         person = await info.context.people.load(self._view.requested_by_id)
         return ActorRef.of(self._view.requested_by_kind, person)
 
@@ -357,12 +359,20 @@ class CancellationRequest(Node):
         assert view is not None, "an account outlives its requests"
         return Account.of(view, self._eye.toward(view))
 
-    @strawberry.field(description="What the customer said, oldest first; 20 at most.")
+    @strawberry.field(
+        description="What the customer said, oldest first; 20 at most. None for bearers of emailed links."
+    )
     async def feedback(self, info: Info) -> list[Feedback]:
+        if not self._eye.sees_billing:
+            return []
         return [Feedback.of(view) for view in await info.context.feedback.load(self._view.id)]
 
-    @strawberry.field(description="The alternatives that were offered, in the order they were made.")
+    @strawberry.field(
+        description="The alternatives that were offered, as they were made. None for bearers of emailed links."
+    )
     async def offers(self, info: Info) -> list[Offer]:
+        if not self._eye.sees_billing:
+            return []
         return [Offer.of(view) for view in await info.context.offers.load(self._view.id)]
 
 

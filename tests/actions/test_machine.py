@@ -7,7 +7,7 @@ hold.
 
 import asyncio
 import shutil
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,14 @@ from uuid import UUID
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from app import auth, cancellation, db, demo, errors, feedback, lifecycle, main, offers, policy, restart
 from app.auth import Call, Installation
@@ -37,8 +44,9 @@ AT_PERIOD_END = {"initech"}
 
 NOT_CONFIRMED_YET = {"PENDING_ASSISTANCE", "PENDING_CONFIRMATION"}
 
-accounts = st.sampled_from(sorted(NAMES))
-people = st.sampled_from(PEOPLE)
+numbers = st.integers(0, 99)
+"""Choose an account or a person: `Lifecycle.account` and `Lifecycle.person` prefer those who get somewhere."""
+mostly = st.sampled_from([True, True, True, False])
 
 
 @dataclass
@@ -75,15 +83,6 @@ class Account:
         """What can still be confirmed, or opened so that it can."""
         request = self.open
         return request if request and request.status in NOT_CONFIRMED_YET and not request.is_late else None
-
-    def refused(self, who: str, allowed: set[str]) -> type[Exception] | None:
-        """Who is refused whatever the state, and how: a stranger, a former member, somebody without the permission."""
-        if who not in STAFF:
-            if who not in MEMBERS[self.reference]:
-                return errors.NotFound
-            if self.status == "CANCELED":
-                return errors.AccessRemoved
-        return None if who in allowed else errors.PermissionDenied
 
 
 class Lifecycle(RuleBasedStateMachine):
@@ -131,13 +130,40 @@ class Lifecycle(RuleBasedStateMachine):
             if row["reference"] in NAMES:
                 self.model[row["reference"]] = Account(row["reference"], db.as_uuid(row["id"]))
 
+    def account(self, number: int, fits: Callable[[Account], object]) -> Account:
+        """Three times of four one that fits, if there is one."""
+        everyone = list(self.model.values())
+        fitting = [account for account in everyone if fits(account)]
+        return fitting[number % len(fitting)] if number % 4 and fitting else everyone[number % len(everyone)]
+
+    def person(self, number: int, account: Account, *, or_staff: str | None = None) -> str:
+        """Three times of four one who is not refused for who they are."""
+        likely = [*sorted(BILLING_MEMBERS[account.reference]), *([or_staff] if or_staff else [])]
+        return likely[number % len(likely)] if number % 4 else PEOPLE[number // 4 % len(PEOPLE)]
+
+    def refused(self, account: Account, who: str, allowed: set[str]) -> type[Exception] | None:
+        """Who is refused whatever the state, and how: a former member, a stranger, somebody without the permission."""
+        if who not in STAFF:
+            if any(who in MEMBERS[one.reference] and one.status == "CANCELED" for one in self.model.values()):
+                return errors.AccessRemoved  # everywhere: nobody of these has another account
+            if who not in MEMBERS[account.reference]:
+                return errors.NotFound
+        return None if who in allowed else errors.PermissionDenied
+
+    def some(self, status: str) -> bool:
+        return any(account.status == status for account in self.model.values())
+
     # ---------------------------------------------------------------------------------------------------- actions
 
-    @rule(reference=accounts, who=people, reason=st.none() | st.sampled_from(FeedbackReason))
-    def cancel(self, reference: str, who: str, reason: FeedbackReason | None) -> None:
-        account = self.model[reference]
+    @rule(where=numbers, by=numbers, reason=st.none() | st.sampled_from(FeedbackReason))
+    def cancel(self, where: int, by: int, reason: FeedbackReason | None) -> None:
+        account = self.account(where, lambda account: account.status == "ACTIVE")
+        self.cancel_as(self.person(by, account, or_staff=CSM), account, reason)
+
+    def cancel_as(self, who: str, account: Account, reason: FeedbackReason | None = None) -> None:
+        reference = account.reference
         by_staff = who in STAFF
-        refusal = account.refused(who, BILLING_MEMBERS[reference] | {CSM, BILLING})
+        refusal = self.refused(account, who, BILLING_MEMBERS[reference] | {CSM, BILLING})
         request = account.pending
         if refusal is None and account.status != "ACTIVE":
             refusal = errors.AccountStateRefused
@@ -173,18 +199,16 @@ class Lifecycle(RuleBasedStateMachine):
     def token(self, request: Request) -> str:
         return self.installation.tokens.confirmation_token(request.id, request.generation)
 
-    @rule(
-        reference=accounts,
-        who=people,
-        right=st.sampled_from([True, True, False]),
-        typed=st.sampled_from([True, True, False]),
-    )
-    def confirm(self, reference: str, who: str, right: bool, typed: bool) -> None:
-        account = self.model[reference]
-        if not account.requests:
-            return
+    @rule(where=numbers, by=numbers, right=mostly, typed=mostly)
+    def confirm(self, where: int, by: int, right: bool, typed: bool) -> None:
+        account = self.account(where, lambda account: account.pending)
+        if account.requests:
+            self.confirm_as(self.person(by, account), account, right=right, typed=typed)
+
+    def confirm_as(self, who: str, account: Account, *, right: bool, typed: bool) -> None:
+        reference = account.reference
         request = account.requests[-1]
-        refusal = account.refused(who, BILLING_MEMBERS[reference])
+        refusal = self.refused(account, who, BILLING_MEMBERS[reference])
         if refusal is None and (account.pending is None or request.status != "PENDING_CONFIRMATION"):
             refusal = errors.ConfirmationExpired if request.is_late and account.open else errors.AccountStateRefused
         if refusal is None and (not right or request.wrong_tries == lifecycle.MAX_WRONG_TRIES):
@@ -214,10 +238,12 @@ class Lifecycle(RuleBasedStateMachine):
         account.epoch += 1
         account.history.append("canceled")
 
-    @rule(reference=accounts, who=people)
-    def withdraw(self, reference: str, who: str) -> None:
-        account = self.model[reference]
-        refusal = account.refused(who, BILLING_MEMBERS[reference] | {CSM})
+    @precondition(lambda self: any(account.requests for account in self.model.values()))
+    @rule(where=numbers, by=numbers)
+    def withdraw(self, where: int, by: int) -> None:
+        account = self.account(where, lambda account: account.open)
+        reference, who = account.reference, self.person(by, account, or_staff=CSM)
+        refusal = self.refused(account, who, BILLING_MEMBERS[reference] | {CSM})
         request = account.open if account.status == "CANCELLATION_SCHEDULED" else account.pending
         if refusal is None and request is None:
             refusal = errors.AccountStateRefused
@@ -226,9 +252,10 @@ class Lifecycle(RuleBasedStateMachine):
             request.status, account.status = "WITHDRAWN", "ACTIVE"
             account.history.append("cancellation_withdrawn")
 
-    @rule(reference=accounts, who=people, accepting=st.booleans(), pick=st.integers(0, 5))
-    def answer_offer(self, reference: str, who: str, accepting: bool, pick: int) -> None:
-        account = self.model[reference]
+    @rule(where=numbers, by=numbers, accepting=st.booleans(), pick=st.integers(0, 5))
+    def answer_offer(self, where: int, by: int, accepting: bool, pick: int) -> None:
+        account = self.account(where, lambda account: account.pending)
+        reference, who = account.reference, self.person(by, account)
         made = self.run(
             db.fetch(
                 "SELECT id, request_id, code, status FROM offer WHERE account_id = $1 ORDER BY id DESC", account.id
@@ -238,7 +265,7 @@ class Lifecycle(RuleBasedStateMachine):
             return
         offer = made[pick % len(made)]
         request = account.pending
-        refusal = account.refused(who, BILLING_MEMBERS[reference])
+        refusal = self.refused(account, who, BILLING_MEMBERS[reference])
         if refusal is None and request is None:
             refusal = errors.AccountStateRefused
         if refusal is None and request is not None and db.as_uuid(offer["request_id"]) != request.id:
@@ -255,13 +282,14 @@ class Lifecycle(RuleBasedStateMachine):
             account.accepted.add(offer["code"])
         account.history.append("offer_accepted" if accepting else "offer_declined")
 
-    @rule(reference=accounts, who=people, pick=st.integers(0, 5), reason=st.sampled_from(FeedbackReason))
-    def submit_feedback(self, reference: str, who: str, pick: int, reason: FeedbackReason) -> None:
-        account = self.model[reference]
+    @rule(where=numbers, by=numbers, pick=st.integers(0, 5), reason=st.sampled_from(FeedbackReason))
+    def submit_feedback(self, where: int, by: int, pick: int, reason: FeedbackReason) -> None:
+        account = self.account(where, lambda account: account.requests)
+        reference, who = account.reference, self.person(by, account)
         if not account.requests:
             return
         request = account.requests[-1 - pick % len(account.requests)]
-        refusal = account.refused(who, BILLING_MEMBERS[reference])
+        refusal = self.refused(account, who, BILLING_MEMBERS[reference])
         if refusal is None and request.feedback == lifecycle.MAX_FEEDBACK_PER_REQUEST:
             refusal = errors.InvalidInput
         action = feedback.submit(self.call(who), request.id, reason=reason, comment="Because")
@@ -269,10 +297,12 @@ class Lifecycle(RuleBasedStateMachine):
             request.feedback += 1
             account.history.append("feedback_submitted")
 
-    @rule(reference=accounts, who=st.sampled_from([BILLING, BILLING, *PEOPLE]))
-    def restart(self, reference: str, who: str) -> None:
-        account = self.model[reference]
-        refusal = account.refused(who, {BILLING})
+    @rule(where=numbers, who=st.sampled_from([BILLING, *PEOPLE]))
+    def restart(self, where: int, who: str) -> None:
+        self.restart_as(who, self.account(where, lambda account: account.status == "CANCELED"))
+
+    def restart_as(self, who: str, account: Account) -> None:
+        refusal = self.refused(account, who, {BILLING})
         if refusal is None and account.status != "CANCELED":
             refusal = errors.AccountStateRefused
         if self.expect(refusal, restart.restart(self.call(who), account.id)) is not None:
@@ -280,11 +310,30 @@ class Lifecycle(RuleBasedStateMachine):
             account.epoch += 1
             account.history.append("restarted")
 
+    @rule(where=numbers)
+    def the_story_goes_on(self, where: int) -> None:
+        """What usually comes next, so that the machine also gets far."""
+        account = self.account(where, lambda account: account.open)
+        request = account.pending
+        somebody = min(BILLING_MEMBERS[account.reference])
+        if account.status == "CANCELED":
+            self.restart_as(BILLING, account)
+        elif account.status == "CANCELLATION_SCHEDULED":
+            self.the_paid_period_ends()
+            self.timers_run()
+        elif request is None:
+            self.cancel_as(somebody, account)
+        elif request.status == "PENDING_ASSISTANCE":
+            self.cancel_as(CSM, account)
+        else:
+            self.confirm_as(somebody, account, right=True, typed=True)
+
     # --------------------------------------------------------------------------------------------- the clock moves
 
-    @rule(reference=accounts)
-    def the_time_to_confirm_passes(self, reference: str) -> None:
-        request = self.model[reference].open
+    @precondition(lambda self: any(account.pending for account in self.model.values()))
+    @rule(where=numbers)
+    def the_time_to_confirm_passes(self, where: int) -> None:
+        request = self.account(where, lambda account: account.pending).open
         if request is not None and request.status == "PENDING_CONFIRMATION":
             self.run(
                 db.execute(
@@ -293,11 +342,14 @@ class Lifecycle(RuleBasedStateMachine):
             )
             request.is_late = True
 
-    @rule(reference=accounts)
-    def the_paid_period_ends(self, reference: str) -> None:
-        account = self.model[reference]
-        if account.status == "CANCELLATION_SCHEDULED":
-            self.run(db.execute("UPDATE account SET cancellation_effective_at = created_at WHERE id = $1", account.id))
+    @precondition(lambda self: self.some("CANCELLATION_SCHEDULED"))
+    @rule()
+    def the_paid_period_ends(self) -> None:
+        self.run(
+            db.execute(
+                "UPDATE account SET cancellation_effective_at = created_at WHERE status = 'CANCELLATION_SCHEDULED'"
+            )
+        )
 
     @rule()
     def timers_run(self) -> None:
@@ -319,12 +371,11 @@ class Lifecycle(RuleBasedStateMachine):
                 due += 1
         assert self.run(cancellation.run_due(self.installation)) == due
 
-    @rule(reference=accounts)
-    def nobody_restarts_after_the_window(self, reference: str) -> None:
+    @precondition(lambda self: self.some("CANCELED"))
+    @rule()
+    def nobody_restarts_after_the_window(self) -> None:
         """The window is over for a moment: the billing team is refused, and the account stays as it is."""
-        account = self.model[reference]
-        if account.status != "CANCELED":
-            return
+        account = next(account for account in self.model.values() if account.status == "CANCELED")
         dates = self.run(
             db.fetch_one(
                 "SELECT canceled_at, restartable_until, deletion_scheduled_for FROM account WHERE id = $1", account.id
@@ -415,7 +466,7 @@ def test_the_lifecycle_agrees_with_its_model(sqlite_template: Path, tmp_path: Pa
     run_state_machine_as_test(
         Seeded,
         settings=settings(
-            max_examples=12,
+            max_examples=20,
             stateful_step_count=40,
             deadline=None,
             database=None,

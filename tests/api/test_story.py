@@ -309,3 +309,49 @@ async def test_only_the_billing_team_restarts(house: Stage, who: str) -> None:
     account = await house.account_id("globex")
     refused = await house.do(who, "restartAccount", accountId=account)
     assert refused["__typename"] == ("NotFoundError" if who in {ALICE, BOB} else "PermissionDeniedError")
+
+
+async def test_a_manager_who_left_is_asked_nothing(house: Stage) -> None:
+    """The request goes to the team, and to every manager's queue."""
+    await db.execute("UPDATE staff SET deactivated_at = created_at WHERE email = $1", CSM)
+    asked = await house.request_cancellation(GINA, "globex")
+    assert asked["customerSuccessManager"]["email"] == "success@vendor.example"
+    assert {letter["To"].addresses[0].addr_spec for letter in await house.letters()} == {"success@vendor.example", GINA}
+
+
+async def test_a_used_up_token_of_an_opened_request_is_mailed_anew_and_old_links_burn_nothing(house: Stage) -> None:
+    opened = await house.request_cancellation(CSM, "globex", note="They are sure.")
+    old = links((await house.letters())[-1])["confirm"]
+    await db.execute("UPDATE cancellation_request SET wrong_tries = 5")
+    await house.request_cancellation(CSM, "globex", note="Again.")
+    new = links((await house.letters())[-1])["confirm"]
+    assert new != old
+    for _ in range(6):
+        refused = await house.do_as(old, "confirmCancellation", requestId=opened["request"]["id"], accountName="Globex")
+        assert refused["__typename"] == "ConfirmationTokenInvalidError"
+    done = await house.do_as(new, "confirmCancellation", requestId=opened["request"]["id"], accountName="Globex")
+    assert done["__typename"] == "ConfirmCancellationSuccess"
+
+
+async def test_a_plan_that_became_self_served_is_confirmed_alone(house: Stage) -> None:
+    asked = await house.request_cancellation(GINA, "globex")
+    await db.execute("UPDATE account SET plan_code = 'essentials' WHERE reference = 'globex'")
+    again = await house.request_cancellation(GINA, "globex")
+    assert again["__typename"] == "CancelAccountSuccess"
+    assert again["request"]["id"] == asked["request"]["id"]
+    assert again["confirmationToken"]
+
+
+async def test_mutations_of_one_document_see_what_those_before_them_did(house: Stage) -> None:
+    asked = await house.request_cancellation()
+    said = "submitFeedback(input: {requestId: %s, reason: %s}) { ... on SubmitFeedbackSuccess { offers { code } } }"
+    request = f'"{asked["request"]["id"]}"'
+    both = f"mutation {{ a: {said % (request, 'OTHER')} b: {said % (request, 'TOO_EXPENSIVE')} }}"
+    answer = (await house.ask(ALICE, both))["data"]
+    assert "discount-3-months" not in {offer["code"] for offer in answer["a"]["offers"]}
+    assert "discount-3-months" in {offer["code"] for offer in answer["b"]["offers"]}
+
+
+async def test_everybody_learns_who_they_are(house: Stage) -> None:
+    answer = await house.ask(BOB, "{ viewer { memberships { edges { node { member { name email } } } } } }")
+    assert answer["data"]["viewer"]["memberships"]["edges"][0]["node"]["member"]["email"] == BOB

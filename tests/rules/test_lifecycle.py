@@ -1,5 +1,6 @@
 """The rules of an account's life: who may do what when, written as the table that a product manager would draw."""
 
+import contextlib
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import product
@@ -44,7 +45,6 @@ CANCEL_ACCOUNT
 
 SUBMIT_FEEDBACK
   BILLING_MEMBER         yes     yes                 yes                   yes        yes       state     state
-  CONFIRM_LINK           yes     yes                 yes                   yes        yes       state     state
   FEEDBACK_LINK          yes     yes                 yes                   yes        yes       state     state
   everybody else         no      no                  no                    no         no        no        no
 
@@ -140,6 +140,7 @@ def account(status: AccountStatus = AccountStatus.ACTIVE, **changes: object) -> 
         channel=Channel.SELF_SERVE,
         effective=CancellationTiming.IMMEDIATE,
         current_period_end=None,
+        cancellation_effective_at=None,
         restartable_until=window_ends,
         deletion_scheduled_for=window_ends,
         csm=CSM,
@@ -243,6 +244,13 @@ class TestAsking:
                 Channel.ASSISTED,
                 CancelStep.RETURN,
                 id="what staff opened, again",
+            ),
+            pytest.param(
+                MEMBER,
+                request(RequestStatus.PENDING_ASSISTANCE),
+                Channel.SELF_SERVE,
+                CancelStep.CONFIRM_ALONE,
+                id="one's own, and the plan became self-served",
             ),
             pytest.param(
                 MEMBER, request(), Channel.ASSISTED, CancelStep.HAND_OVER, id="one's own, and the plan became assisted"
@@ -419,3 +427,17 @@ class TestRetentionWindow:
 def test_messages_and_access_stop_with_the_cancellation(status: AccountStatus, works: bool) -> None:
     assert lifecycle.can_send_messages(status) is works
     assert lifecycle.members_can_sign_in(status) is works
+
+
+@pytest.mark.parametrize(("effective_at", "withdrawable"), [(NOW + timedelta(seconds=1), True), (NOW, False)])
+def test_a_scheduled_cancellation_is_withdrawn_until_its_moment_and_not_after(
+    effective_at: datetime, withdrawable: bool
+) -> None:
+    """Also when the worker that lets it take effect is late."""
+    scheduled = account(
+        AccountStatus.CANCELLATION_SCHEDULED,
+        request=request(RequestStatus.CONFIRMED),
+        cancellation_effective_at=effective_at,
+    )
+    with contextlib.nullcontext() if withdrawable else pytest.raises(errors.AccountStateRefused):
+        lifecycle.check(Action.WITHDRAW_CANCELLATION, MEMBER, scheduled, NOW)
