@@ -133,7 +133,7 @@ submitFeedback
   member                           denied    denied    denied    denied    removed   removed   removed   forbidden
   csm, other_csm, billing, support denied
   stranger, host, gatekeeper       missing
-  confirm_link                     ok        ok        ok        ok        removed   removed   removed   forbidden
+  confirm_link                     denied    denied    denied    denied    removed   removed   removed   forbidden
   feedback_link                    ok        ok        ok        ok        ok        ok        state     forbidden
   restart_link                     denied    denied    denied    denied    denied    denied    denied    forbidden
   ungranted_link                   missing   missing   missing   missing   missing   missing   missing   forbidden
@@ -205,10 +205,9 @@ syncAccounts
   host                             ok
   stranger, gatekeeper             denied
   csm, other_csm, billing, support denied
-  confirm_link                     denied    denied    denied    denied    removed   removed   removed   forbidden
-  feedback_link, restart_link      denied    denied    denied    denied    denied    denied    denied    forbidden
-  ungranted_link                   denied    denied    denied    denied    denied    denied    denied    forbidden
-  foreign_link                     denied
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
 """
 
 NOBODY = ("no_token", "expired", "wrong_audience", "forged_key")
