@@ -111,9 +111,11 @@ async def test_a_claim_does_not_wait_for_a_row_that_another_is_claiming(postgres
 
     task = asyncio.create_task(other())
     await locked.wait()
-    assert [message.recipient_name for message in await outbox.claim(9)] == ["Person 1"]
-    let_go.set()
-    await task
+    try:
+        assert [message.recipient_name for message in await outbox.claim(9)] == ["Person 1"]
+    finally:
+        let_go.set()
+        await task
 
 
 async def test_a_lease_keeps_others_away_until_it_lapses(database: Database) -> None:
