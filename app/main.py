@@ -11,6 +11,7 @@ from datetime import timedelta
 from email.utils import parseaddr
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import structlog
 from starlette.applications import Starlette
@@ -86,12 +87,13 @@ class _Logged:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        answer: dict[str, Any] = {"status": None}
+        answer: dict[str, Any] = {"status": None, "request_id": uuid4().hex}  # `/graphql` answers with its own
+        structlog.contextvars.bind_contextvars(request_id=answer["request_id"])
 
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answer["status"] = message["status"]
-                answer["request_id"] = Headers(raw=message["headers"]).get("x-request-id")
+                answer["request_id"] = Headers(raw=message["headers"]).get("x-request-id", answer["request_id"])
             await send(message)
 
         try:

@@ -66,6 +66,8 @@ class Account:
     reference: str
     id: UUID
     status: str = "ACTIVE"
+    is_due: bool = False
+    """Scheduled, and the paid period is over."""
     epoch: int = 0
     requests: list[Request] = field(default_factory=list)
     history: list[str] = field(default_factory=list)
@@ -234,7 +236,7 @@ class Lifecycle(RuleBasedStateMachine):
             self.take_effect(account, request)
 
     def take_effect(self, account: Account, request: Request) -> None:
-        request.status, account.status = "EFFECTIVE", "CANCELED"
+        request.status, account.status, account.is_due = "EFFECTIVE", "CANCELED", False
         account.epoch += 1
         account.history.append("canceled")
 
@@ -245,7 +247,7 @@ class Lifecycle(RuleBasedStateMachine):
         reference, who = account.reference, self.person(by, account, or_staff=CSM)
         refusal = self.refused(account, who, BILLING_MEMBERS[reference] | {CSM})
         request = account.open if account.status == "CANCELLATION_SCHEDULED" else account.pending
-        if refusal is None and request is None:
+        if refusal is None and (request is None or account.is_due):
             refusal = errors.AccountStateRefused
         if self.expect(refusal, cancellation.withdraw(self.call(who), account.id)) is not None:
             assert request is not None
@@ -350,6 +352,8 @@ class Lifecycle(RuleBasedStateMachine):
                 "UPDATE account SET cancellation_effective_at = created_at WHERE status = 'CANCELLATION_SCHEDULED'"
             )
         )
+        for account in self.model.values():
+            account.is_due = account.status == "CANCELLATION_SCHEDULED"
 
     @rule()
     def timers_run(self) -> None:
@@ -360,12 +364,7 @@ class Lifecycle(RuleBasedStateMachine):
                 request.status = "EXPIRED"
                 account.history.append("cancellation_expired")
                 due += 1
-            row = self.run(
-                db.fetch_one(
-                    "SELECT cancellation_effective_at = created_at AS due FROM account WHERE id = $1", account.id
-                )
-            )
-            if row["due"]:
+            if account.is_due:
                 assert request is not None
                 self.take_effect(account, request)
                 due += 1
