@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from uuid import UUID
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -469,6 +469,7 @@ def test_the_lifecycle_agrees_with_its_model(sqlite_template: Path, tmp_path: Pa
             stateful_step_count=40,
             deadline=None,
             database=None,
+            phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         ),
     )
