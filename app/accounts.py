@@ -22,6 +22,7 @@ from app.lifecycle import (
     MemberRole,
     OfferKind,
     OfferStatus,
+    Permission,
     RequestFacts,
     RequestStatus,
 )
@@ -212,8 +213,13 @@ async def load(account_id: UUID) -> AccountView | None:
 
 async def lock(account_id: UUID) -> AccountView | None:
     """The account with its row locked until the transaction ends, read after the lock was had."""
-    await db.fetch_one(f"SELECT id FROM account WHERE id = $1{db.for_update()}", account_id)
+    await lock_row(account_id)
     return await load(account_id)
+
+
+async def lock_row(account_id: UUID) -> None:
+    """Wait for the account's row and lock it until the transaction ends. What is read after that, holds."""
+    await db.fetch_one(f"SELECT id FROM account WHERE id = $1{db.for_update()}", account_id)
 
 
 async def load_many(account_ids: Sequence[UUID]) -> dict[UUID, AccountView]:
@@ -420,19 +426,25 @@ class MemberView:
     permissions: frozenset[str]
     created_at: datetime
 
+    @property
+    def has_billing_permission(self) -> bool:
+        """Every ADMIN has it; a MEMBER has it when granted."""
+        return self.role is MemberRole.ADMIN or Permission.ACCESS_BILLING_AND_ACCOUNT_INFO in self.permissions
+
 
 _MEMBER = "id, account_id, name, email, role, permissions, created_at"
 
 
-def _member(row: Mapping[str, Any]) -> MemberView:
+def member(row: Mapping[str, Any], prefix: str = "") -> MemberView:
+    """The member of a row whose columns have that prefix."""
     return MemberView(
-        id=db.as_uuid(row["id"]),
-        account_id=db.as_uuid(row["account_id"]),
-        name=row["name"],
-        email=row["email"],
-        role=MemberRole(row["role"]),
-        permissions=frozenset(row["permissions"].split()),
-        created_at=db.as_datetime(row["created_at"]),
+        id=db.as_uuid(row[prefix + "id"]),
+        account_id=db.as_uuid(row[prefix + "account_id"]),
+        name=row[prefix + "name"],
+        email=row[prefix + "email"],
+        role=MemberRole(row[prefix + "role"]),
+        permissions=frozenset(row[prefix + "permissions"].split()),
+        created_at=db.as_datetime(row[prefix + "created_at"]),
     )
 
 
@@ -441,7 +453,7 @@ async def members_of(
 ) -> dict[UUID, list[MemberView]]:
     """For each account up to `limit` members, newest first, behind `after`."""
     found = await windows("member", _MEMBER, ("created_at", "id"), account_ids, after, limit)
-    return {account_id: [_member(row) for row in rows] for account_id, rows in found.items()}
+    return {account_id: [member(row) for row in rows] for account_id, rows in found.items()}
 
 
 async def memberships(issuer: str, subject: str, account_ids: Sequence[UUID]) -> dict[UUID, MemberView]:
@@ -452,14 +464,14 @@ async def memberships(issuer: str, subject: str, account_ids: Sequence[UUID]) ->
     where.add(f"issuer = {where.arg(issuer)} AND subject = {where.arg(subject)}")
     where.add(where.one_of("account_id", account_ids))
     rows = await db.fetch(f"SELECT {_MEMBER} FROM member WHERE {where.sql()}", *where.args)
-    found = [_member(row) for row in rows]
-    return {member.account_id: member for member in found}
+    found = [member(row) for row in rows]
+    return {one.account_id: one for one in found}
 
 
 async def load_member(member_id: UUID) -> MemberView | None:
     """The member, whoever asks."""
     row = await db.fetch_one(f"SELECT {_MEMBER} FROM member WHERE id = $1", member_id)
-    return _member(row) if row else None
+    return member(row) if row else None
 
 
 async def load_request(request_id: UUID) -> RequestView | None:

@@ -13,14 +13,12 @@ from uuid import UUID
 import structlog
 
 from app import accounts, db, errors
-from app.accounts import AccountView
+from app.accounts import AccountView, MemberView
 from app.lifecycle import (
     AccountFacts,
     Actor,
     ActorKind,
     LinkPurpose,
-    MemberRole,
-    Permission,
     Relation,
     Scope,
     StaffRole,
@@ -70,21 +68,6 @@ class ServiceFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MemberFacts:
-    id: UUID
-    account_id: UUID
-    name: str
-    email: str
-    role: MemberRole
-    permissions: frozenset[str]
-
-    @property
-    def has_billing_permission(self) -> bool:
-        """Every ADMIN has it; a MEMBER has it when granted."""
-        return self.role is MemberRole.ADMIN or Permission.ACCESS_BILLING_AND_ACCOUNT_INFO in self.permissions
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
     """Who asks, with the account that was asked about, as the database knew them in one statement.
 
@@ -95,7 +78,7 @@ class Caller:
     now: datetime
     staff: StaffFacts | None
     service: ServiceFacts | None
-    member: MemberFacts | None
+    member: MemberView | None
     """The caller's membership of the account asked about."""
     is_member: bool
     """Of any account."""
@@ -182,7 +165,8 @@ _IDENTIFY = f"""
 SELECT {{now}} AS now,
        s.id AS s_id, s.name AS s_name, s.email AS s_email, s.role AS s_role,
        v.id AS v_id, v.name AS v_name, v.scopes AS v_scopes,
-       m.id AS m_id, m.name AS m_name, m.email AS m_email, m.role AS m_role, m.permissions AS m_permissions,
+       m.id AS m_id, m.account_id AS m_account_id, m.name AS m_name, m.email AS m_email, m.role AS m_role,
+       m.permissions AS m_permissions, m.created_at AS m_created_at,
        EXISTS (SELECT 1 FROM member o WHERE o.issuer = $1 AND o.subject = $2) AS is_member,
        EXISTS (SELECT 1 FROM member o JOIN account l ON l.id = o.account_id
                WHERE o.issuer = $1 AND o.subject = $2
@@ -225,7 +209,7 @@ async def _read(call: Call, account_id: UUID | None) -> Caller:
         now=db.as_datetime(row["now"]),
         staff=_staff(row),
         service=_service(row),
-        member=_member(row),
+        member=accounts.member(row, "m_") if row["m_id"] is not None else None,
         is_member=bool(row["is_member"]),
         has_live_account=bool(row["has_live_account"]),
         account=accounts.view(row) if row["a_id"] is not None else None,
@@ -292,19 +276,6 @@ def _service(row: dict[str, Any]) -> ServiceFacts | None:
     return ServiceFacts(id=db.as_uuid(row["v_id"]), name=row["v_name"], scopes=frozenset(row["v_scopes"].split()))
 
 
-def _member(row: dict[str, Any]) -> MemberFacts | None:
-    if row["m_id"] is None:
-        return None
-    return MemberFacts(
-        id=db.as_uuid(row["m_id"]),
-        account_id=db.as_uuid(row["a_id"]),
-        name=row["m_name"],
-        email=row["m_email"],
-        role=MemberRole(row["m_role"]),
-        permissions=frozenset(row["m_permissions"].split()),
-    )
-
-
 # ------------------------------------------------------------------------------------------------- requirements
 
 
@@ -350,7 +321,7 @@ async def act_on(call: Call, account_id: UUID | None, *, what: str = "account") 
     raises. `account_id` is None for an id that is malformed or unknown: the answer is the same.
     """
     if account_id is not None:
-        await db.fetch_one(f"SELECT id FROM account WHERE id = $1{db.for_update()}", account_id)
+        await accounts.lock_row(account_id)
     caller = await identify(call, account_id)
     actor = caller.actor()
     visible = caller.account if caller.identity.grant is not None and actor.relations else caller.see()

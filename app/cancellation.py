@@ -250,31 +250,26 @@ async def _hand_to_csm(installation: Installation, acting: Acting, request: Canc
 
 async def _ask_members_to_confirm(installation: Installation, acting: Acting, request: CancellationRequest) -> None:
     assert request.opened_by_staff_id is not None
-    assert request.confirmation_expires_at is not None
+    expires_at = request.confirmation_expires_at
+    assert expires_at is not None
     staff = (await accounts.people([request.opened_by_staff_id]))[request.opened_by_staff_id]
-    await outbox.put(
-        [
-            outbox.Addressed(
-                name=recipient.contact.name,
-                address=recipient.contact.email,
-                email=ConfirmationRequested(
-                    account_name=acting.account.name,
-                    plan_name=acting.account.plan(installation.policy).name,
-                    opened_by=Contact(name=staff.name, email=staff.email or ""),
-                    expires_at=request.confirmation_expires_at,
-                    link=_link(
-                        LinkPurpose.CONFIRM,
-                        recipient,
-                        acting.account.id,
-                        request.id,
-                        acting.now,
-                        request.confirmation_expires_at,
-                        generation=request.confirmation_generation,
-                    ),
-                ),
-            )
-            for recipient in await people.with_billing_permission(acting.account.id)
-        ],
+    await people.write(
+        await people.with_billing_permission(acting.account.id),
+        lambda recipient: ConfirmationRequested(
+            account_name=acting.account.name,
+            plan_name=acting.account.plan(installation.policy).name,
+            opened_by=Contact(name=staff.name, email=staff.email or ""),
+            expires_at=expires_at,
+            link=_link(
+                LinkPurpose.CONFIRM,
+                recipient,
+                acting.account.id,
+                request.id,
+                acting.now,
+                expires_at,
+                generation=request.confirmation_generation,
+            ),
+        ),
         account_id=acting.account.id,
         now=acting.now,
         mail_domain=installation.mail_domain,
@@ -352,20 +347,14 @@ async def _withdraw(installation: Installation, acting: Acting) -> dict[str, Any
         actor=acting.actor,
         now=acting.now,
     )
-    await outbox.put(
-        [
-            outbox.Addressed(
-                name=recipient.contact.name,
-                address=recipient.contact.email,
-                email=CancellationWithdrawn(
-                    account_name=account.name,
-                    plan_name=account.plan(installation.policy).name,
-                    withdrawn_at=acting.now,
-                    withdrawn_by=acting.actor.name,
-                ),
-            )
-            for recipient in await people.with_billing_permission(account.id)
-        ],
+    await people.write(
+        await people.with_billing_permission(account.id),
+        lambda recipient: CancellationWithdrawn(
+            account_name=account.name,
+            plan_name=account.plan(installation.policy).name,
+            withdrawn_at=acting.now,
+            withdrawn_by=acting.actor.name,
+        ),
         account_id=account.id,
         now=acting.now,
         mail_domain=installation.mail_domain,
@@ -504,23 +493,17 @@ async def _schedule(installation: Installation, acting: Acting, request_id: UUID
         actor=acting.actor,
         now=acting.now,
     )
-    await outbox.put(
-        [
-            outbox.Addressed(
-                name=recipient.contact.name,
-                address=recipient.contact.email,
-                email=CancellationScheduled(
-                    account_name=account.name,
-                    plan_name=plan.name,
-                    confirmed_at=acting.now,
-                    confirmed_by=acting.actor.name,
-                    effective_at=effective_at,
-                    retention_hours=_hours(plan.retention),
-                    security_contact=installation.policy.security,
-                ),
-            )
-            for recipient in await people.with_billing_permission(account.id)
-        ],
+    await people.write(
+        await people.with_billing_permission(account.id),
+        lambda recipient: CancellationScheduled(
+            account_name=account.name,
+            plan_name=plan.name,
+            confirmed_at=acting.now,
+            confirmed_by=acting.actor.name,
+            effective_at=effective_at,
+            retention_hours=_hours(plan.retention),
+            security_contact=installation.policy.security,
+        ),
         account_id=account.id,
         now=acting.now,
         mail_domain=installation.mail_domain,
@@ -563,31 +546,21 @@ async def _take_effect(
     if confirmer is None and (confirmer := await people.member(confirmed_by_id)) is not None:
         recipients = [*recipients, confirmer]  # The permission was taken away before the cancellation took effect.
     name = confirmer.contact.name if confirmer else "a former member"
-    await outbox.put(
-        [
-            outbox.Addressed(
-                name=recipient.contact.name,
-                address=recipient.contact.email,
-                email=(CancellationConfirmed if recipient is confirmer else CancellationNotice)(
-                    account_name=account.name,
-                    plan_name=plan.name,
-                    canceled_at=window.canceled_at,
-                    canceled_by=name,
-                    restartable_until=window.restartable_until,
-                    deletion_scheduled_for=window.deletion_scheduled_for,
-                    retention_hours=_hours(plan.retention),
-                    billing_contact=installation.policy.billing_team,
-                    security_contact=installation.policy.security,
-                    restart_link=_link(
-                        LinkPurpose.RESTART, recipient, account.id, request_id, now, window.restartable_until
-                    ),
-                    feedback_link=_link(
-                        LinkPurpose.FEEDBACK, recipient, account.id, request_id, now, window.restartable_until
-                    ),
-                ),
-            )
-            for recipient in recipients
-        ],
+    await people.write(
+        recipients,
+        lambda recipient: (CancellationConfirmed if recipient is confirmer else CancellationNotice)(
+            account_name=account.name,
+            plan_name=plan.name,
+            canceled_at=window.canceled_at,
+            canceled_by=name,
+            restartable_until=window.restartable_until,
+            deletion_scheduled_for=window.deletion_scheduled_for,
+            retention_hours=_hours(plan.retention),
+            billing_contact=installation.policy.billing_team,
+            security_contact=installation.policy.security,
+            restart_link=_link(LinkPurpose.RESTART, recipient, account.id, request_id, now, window.restartable_until),
+            feedback_link=_link(LinkPurpose.FEEDBACK, recipient, account.id, request_id, now, window.restartable_until),
+        ),
         account_id=account.id,
         now=now,
         mail_domain=installation.mail_domain,

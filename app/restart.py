@@ -55,20 +55,14 @@ async def _restart(installation: Installation, acting: Acting) -> dict[str, Any]
         now=now,
         new_epoch=True,
     )
-    await outbox.put(
-        [
-            outbox.Addressed(
-                name=recipient.contact.name,
-                address=recipient.contact.email,
-                email=AccountRestarted(
-                    account_name=account.name,
-                    plan_name=account.plan(installation.policy).name,
-                    restarted_at=now,
-                    billing_contact=installation.policy.billing_team,
-                ),
-            )
-            for recipient in await people.with_billing_permission(account.id)
-        ],
+    await people.write(
+        await people.with_billing_permission(account.id),
+        lambda recipient: AccountRestarted(
+            account_name=account.name,
+            plan_name=account.plan(installation.policy).name,
+            restarted_at=now,
+            billing_contact=installation.policy.billing_team,
+        ),
         account_id=account.id,
         now=now,
         mail_domain=installation.mail_domain,

@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from typing import Annotated
+from uuid import UUID
 
 import strawberry
 
@@ -53,9 +54,8 @@ async def _shown(info: Info, view: AccountView) -> Account:
     return Account.of(view, Perspective.of(caller, info.context.policy))
 
 
-async def _request(account: Account, request_id: str) -> CancellationRequest:
-    key = nodes.decode_as(Kind.CANCELLATION_REQUEST, request_id)
-    view = None if key is None else await accounts.load_request(key)
+async def _request(account: Account, request_id: UUID) -> CancellationRequest:
+    view = await accounts.load_request(request_id)
     assert view is not None, "the request was there a moment ago, and requests are never deleted"
     return CancellationRequest.of(view, account._eye)
 
@@ -405,7 +405,7 @@ class Mutation:
             idempotency_key=input.idempotency_key,
         )
         account = await _shown(info, done.account)
-        request = await _request(account, nodes.encode(Kind.CANCELLATION_REQUEST, done.request_id))
+        request = await _request(account, done.request_id)
         if request.status is RequestStatus.PENDING_ASSISTANCE:
             policy = info.context.policy
             received_at = request.assistance_requested_at
@@ -476,15 +476,17 @@ class Mutation:
     async def confirm_cancellation(
         self, info: Info, input: ConfirmCancellationInput
     ) -> ConfirmCancellationResult | None:
+        request_id = nodes.decode_as(Kind.CANCELLATION_REQUEST, input.request_id)
         view = await cancellation.confirm(
             info.context.call,
-            nodes.decode_as(Kind.CANCELLATION_REQUEST, input.request_id),
+            request_id,
             confirmation_token=input.confirmation_token,
             account_name=input.account_name,
             idempotency_key=input.idempotency_key,
         )
+        assert request_id is not None, "confirming refuses an id that is none"
         account = await _shown(info, view)
-        return ConfirmCancellationSuccess(account=account, request=await _request(account, input.request_id))
+        return ConfirmCancellationSuccess(account=account, request=await _request(account, request_id))
 
     @root(Access.ACTION, "Bring a canceled account back inside its retention window. The billing team's alone.")
     async def restart_account(self, info: Info, input: RestartAccountInput) -> RestartAccountResult | None:

@@ -15,7 +15,7 @@ import strawberry
 from app import errors, lifecycle, offers
 from app import policy as policies
 from app.accounts import AccountView, FeedbackView, MemberView, OfferView, Person, RequestView
-from app.auth import Caller, MemberFacts
+from app.auth import Caller
 from app.graphql import enums, nodes
 from app.graphql.context import Info
 from app.graphql.nodes import Keyset, Kind
@@ -173,15 +173,13 @@ class Member(Node):
 
     @staticmethod
     def of(view: MemberView) -> "Member":
-        granted = [Permission(code) for code in sorted(view.permissions)]
         return Member(
             id=strawberry.ID(nodes.encode(Kind.MEMBER, view.id)),
             name=view.name,
             email=view.email,
             role=view.role,
-            permissions=granted,
-            has_billing_permission=view.role is MemberRole.ADMIN
-            or Permission.ACCESS_BILLING_AND_ACCOUNT_INFO in granted,
+            permissions=[Permission(code) for code in sorted(view.permissions)],
+            has_billing_permission=view.has_billing_permission,
         )
 
 
@@ -267,17 +265,7 @@ class Perspective:
     @staticmethod
     def on(caller: Caller, policy: Policy, account: AccountView, member: MemberView | None = None) -> "Perspective":
         """The caller's on another account than the one that `caller` was read with."""
-        facts = None
-        if member is not None:
-            facts = MemberFacts(
-                id=member.id,
-                account_id=member.account_id,
-                name=member.name,
-                email=member.email,
-                role=member.role,
-                permissions=member.permissions,
-            )
-        return Perspective.of(replace(caller, account=account, member=facts), policy)
+        return Perspective.of(replace(caller, account=account, member=member), policy)
 
     def toward(self, account: AccountView) -> "Perspective":
         """The same caller's, on an account that came up on the way: staff is something else to each."""
