@@ -11,12 +11,13 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from app import db
+from app import db, lifecycle
 from app.errors import Contact
 from app.lifecycle import (
     AccountFacts,
     AccountStatus,
     ActorKind,
+    CancellationTiming,
     Channel,
     FeedbackReason,
     MemberRole,
@@ -138,25 +139,41 @@ class AccountView:
     request: RequestView | None
 
     def plan(self, policy: Policy) -> Plan:
+        """Its plan. KeyError for a deleted account's that the policy does not have any more."""
         return policy.plan(self.plan_code)
+
+    def has_access(self, now: datetime) -> bool:
+        """Whether its members have access and messages may be sent for it."""
+        return lifecycle.has_access(self.status, self.cancellation_effective_at, now)
 
     def facts(self, policy: Policy) -> AccountFacts:
         """What the rules need to know."""
-        plan = self.plan(policy)
+        plan = policy.plans.get(self.plan_code)
+        if plan is None and self.status is not AccountStatus.DELETED:
+            raise KeyError(self.plan_code)
         return AccountFacts(
             id=self.id,
             name=self.name,
             status=self.status,
-            channel=plan.channel,
-            effective=plan.effective,
+            channel=plan.channel if plan else Channel.SELF_SERVE,  # nothing is canceled any more
+            effective=plan.effective if plan else CancellationTiming.IMMEDIATE,
             current_period_end=self.current_period_end,
             cancellation_effective_at=self.cancellation_effective_at,
             restartable_until=self.restartable_until,
             deletion_scheduled_for=self.deletion_scheduled_for,
+            deletion_held_at=self.deletion_held_at,
             csm=self.csm or policy.customer_success,
             billing_contact=policy.billing_team,
             request=self.request.facts() if self.request else None,
         )
+
+
+def has_access_sql(account: str) -> str:
+    """`AccountView.has_access`, for an account of that alias."""
+    return (
+        f"({account}.status = 'ACTIVE' OR ({account}.status = 'CANCELLATION_SCHEDULED' "
+        f"AND {account}.cancellation_effective_at > {db.now_sql()}))"
+    )
 
 
 def view(row: Mapping[str, Any]) -> AccountView:
@@ -217,6 +234,12 @@ async def lock(account_id: UUID) -> AccountView | None:
     return await load(account_id)
 
 
+async def lock_unless_busy(account_id: UUID) -> AccountView | None:
+    """The same, without waiting: None also while another transaction has the row. For what can be tried again."""
+    row = await db.fetch_one(f"SELECT id FROM account WHERE id = $1{db.for_update(skip_locked=True)}", account_id)
+    return await load(account_id) if row else None
+
+
 async def lock_row(account_id: UUID) -> None:
     """Wait for the account's row and lock it until the transaction ends. What is read after that, holds."""
     await db.fetch_one(f"SELECT id FROM account WHERE id = $1{db.for_update()}", account_id)
@@ -264,6 +287,8 @@ class AccountFilter:
     """Matches the beginning or middle of name, reference, or a member's address, in any case."""
     person: tuple[str, str] | None = None
     """Only accounts of this (issuer, subject)."""
+    with_access: bool = False
+    """Only accounts whose members have access now."""
 
 
 class _Where:
@@ -315,6 +340,8 @@ def _account_conditions(where: _Where, wanted: AccountFilter) -> None:
             f"{negation}EXISTS (SELECT 1 FROM restart_request q JOIN cancellation_request e ON e.id = q.request_id "
             "WHERE q.account_id = a.id AND e.status = 'EFFECTIVE')"
         )
+    if wanted.with_access:
+        where.add(has_access_sql("a"))
     if wanted.person is not None:
         issuer, subject = wanted.person
         where.add(
@@ -333,10 +360,7 @@ def _account_conditions(where: _Where, wanted: AccountFilter) -> None:
 async def page(
     wanted: AccountFilter, *, sort: AccountSort, descending: bool, after: tuple[Any, ...] | None, limit: int
 ) -> list[AccountView]:
-    """Up to `limit` accounts behind `after`, the (sort value, id) of the last one seen. One statement.
-
-    The limit stands in a sub-select as a literal: the plan then joins for that many rows instead of for the table.
-    """
+    """Up to `limit` accounts behind `after`, the (sort value, id) of the last one seen. One statement."""
     where = _Where()
     _account_conditions(where, wanted)
     key = _SORT_SQL[sort]
@@ -348,10 +372,18 @@ async def page(
     if after is not None:
         value, account_id = after
         where.add(f"({key}, a.id) {beyond} ({where.arg(value)}, {where.arg(account_id)})")
+    return await select(where.sql(), where.args, order=f"{key} {order}, a.id {order}", limit=limit)
+
+
+async def select(condition: str, args: Sequence[Any], *, order: str, limit: int) -> list[AccountView]:
+    """Up to `limit` accounts `a` that meet a condition, in that order. One statement.
+
+    The limit stands in a sub-select as a literal: the plan then joins for that many rows instead of for the table.
+    """
     rows = await db.fetch(
-        f"SELECT {COLUMNS} FROM (SELECT a.* FROM account a WHERE {where.sql()} "
-        f"ORDER BY {key} {order}, a.id {order} LIMIT {int(limit)}) a {JOINS} ORDER BY {key} {order}, a.id {order}",
-        *where.args,
+        f"SELECT {COLUMNS} FROM (SELECT a.* FROM account a WHERE {condition} ORDER BY {order} LIMIT {int(limit)}) a "
+        f"{JOINS} ORDER BY {order}",
+        *args,
     )
     return [view(row) for row in rows]
 
@@ -404,6 +436,15 @@ async def windows(
     for row in rows:
         found[db.as_uuid(row["account_id"])].append(row)
     return found
+
+
+async def belonging_to(table: str, account_ids: Sequence[UUID], *, order: str) -> list[dict[str, Any]]:
+    """All rows of a table about those accounts, in that order. One statement."""
+    if not account_ids:
+        return []
+    where = _Where()
+    where.add(where.one_of("account_id", account_ids))
+    return await db.fetch(f"SELECT * FROM {table} WHERE {where.sql()} ORDER BY {order}", *where.args)
 
 
 async def request_history(

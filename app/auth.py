@@ -6,7 +6,7 @@ request, however long the token lives.
 """
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -22,7 +22,6 @@ from app.lifecycle import (
     Relation,
     Scope,
     StaffRole,
-    members_can_sign_in,
 )
 from app.policy import Policy
 from app.tokens import Identity, Tokens
@@ -38,6 +37,12 @@ class Installation:
     """The domain of its Message-IDs."""
     member_issuer: str
     """The issuer of members' tokens, where provisioning names none."""
+    rate_limit_caller: int
+    """How many of the limited mutations one caller may send in a minute; 0: no limit."""
+    rate_limit_account: int
+    """The same about one account, by everybody together."""
+    request_timeout: timedelta
+    """How long a request may wait for the database."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +103,7 @@ class Caller:
             return self.account
         if self.member is None:
             return None
-        if not members_can_sign_in(self.account.status):
-            return None
-        return self.account
+        return self.account if self.account.has_access(self.now) else None
 
     def has_billing_permission(self) -> bool:
         """On the account asked about: a member with the permission, or staff, who reads everything. A link's bearer
@@ -169,8 +172,7 @@ SELECT {{now}} AS now,
        m.permissions AS m_permissions, m.created_at AS m_created_at,
        EXISTS (SELECT 1 FROM member o WHERE o.issuer = $1 AND o.subject = $2) AS is_member,
        EXISTS (SELECT 1 FROM member o JOIN account l ON l.id = o.account_id
-               WHERE o.issuer = $1 AND o.subject = $2
-               AND l.status IN ('ACTIVE', 'CANCELLATION_SCHEDULED')) AS has_live_account,
+               WHERE o.issuer = $1 AND o.subject = $2 AND {{has_access}}) AS has_live_account,
        {accounts.COLUMNS}
 FROM (SELECT 1 AS one) q
 LEFT JOIN staff s ON s.issuer = $1 AND s.subject = $2 AND s.deactivated_at IS NULL
@@ -189,6 +191,8 @@ async def identify(call: Call, account_id: UUID | None = None) -> Caller:
     their link is for.
     """
     caller = await _read(call, account_id)
+    if caller.identity.grant is not None and caller.identity.expires_at <= caller.now:
+        raise errors.Unauthenticated("The link has expired.")
     if not caller.is_known:
         raise errors.Forbidden(
             "The token is valid, and nobody here goes by it: it belongs to no member, staff or service. "
@@ -202,7 +206,8 @@ async def _read(call: Call, account_id: UUID | None) -> Caller:
     identity = call.identity
     if account_id is not None:
         structlog.contextvars.bind_contextvars(account_id=str(account_id))
-    row = await db.fetch_one(_IDENTIFY.format(now=db.now_sql()), identity.issuer, identity.subject, account_id)
+    sql = _IDENTIFY.format(now=db.now_sql(), has_access=accounts.has_access_sql("l"))
+    row = await db.fetch_one(sql, identity.issuer, identity.subject, account_id)
     assert row is not None
     return Caller(
         identity=identity,
@@ -233,7 +238,7 @@ async def _refuse_removed(call: Call, caller: Caller) -> None:
     if grant is not None and grant.purpose in _OUTLIVING:
         return
     removed = caller.account if caller.member is not None else None
-    if removed is not None and not members_can_sign_in(removed.status):
+    if removed is not None and not removed.has_access(caller.now):
         raise _access_removed(removed, call.policy)
     if not caller.has_live_account:
         row = await db.fetch_one(
@@ -242,8 +247,8 @@ async def _refuse_removed(call: Call, caller: Caller) -> None:
             caller.identity.issuer,
             caller.identity.subject,
         )
-        if row is not None and not members_can_sign_in(accounts.view(row).status):
-            raise _access_removed(accounts.view(row), call.policy)
+        if row is not None and not (last := accounts.view(row)).has_access(caller.now):
+            raise _access_removed(last, call.policy)
 
 
 def _access_removed(account: AccountView, policy: Policy) -> errors.AccessRemoved:
@@ -251,7 +256,7 @@ def _access_removed(account: AccountView, policy: Policy) -> errors.AccessRemove
     return errors.AccessRemoved(
         "The account is canceled and its members' access has been removed. "
         f"Contact {contact.name} ({contact.email}) to restart it in time.",
-        canceledAt=_text(account.canceled_at),
+        canceledAt=_text(account.canceled_at or account.cancellation_effective_at),
         restartableUntil=_text(account.restartable_until),
         deletionScheduledFor=_text(account.deletion_scheduled_for),
         contact={"name": contact.name, "email": contact.email},

@@ -5,15 +5,14 @@ messages. The rules are `app.lifecycle`'s; nothing is decided here.
 """
 
 import hmac
-from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import structlog
 
-from app import accounts, db, errors, history, idempotency, lifecycle, offers, outbox, people
+from app import accounts, assistance, db, errors, history, idempotency, lifecycle, limiting, offers, people
 from app.accounts import AccountView, RequestView
 from app.auth import Acting, Call, Installation, act_on
 from app.errors import Contact
@@ -32,17 +31,14 @@ from app.lifecycle import (
     TransitionType,
 )
 from app.messages import (
-    AssistanceRequested,
     CancellationConfirmed,
     CancellationNotice,
-    CancellationReceived,
     CancellationScheduled,
     CancellationWithdrawn,
     ConfirmationRequested,
-    Link,
 )
 from app.models import Account, CancellationRequest
-from app.people import Recipient
+from app.policy import hours
 from app.tokens import hash_confirmation_token
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -72,6 +68,7 @@ async def cancel(
     `lifecycle.cancel` does.
     """
     values = {"account": account_id, "reason": reason, "note": note}
+    await limiting.spend(call, account_id)
     async with db.transaction():
         acting = await act_on(call, account_id)
         lifecycle.permit(Action.CANCEL_ACCOUNT, acting.actor)
@@ -116,7 +113,7 @@ async def _cancel(
     ):
         await _ask_members_to_confirm(installation, acting, request)
     if step in {CancelStep.REQUEST_ASSISTANCE, CancelStep.HAND_OVER}:
-        await _hand_to_csm(installation, acting, request)
+        await assistance.ask(installation, acting)
     shows_token = by_member and request.status is RequestStatus.PENDING_CONFIRMATION
     return {"request": str(request.id), "generation": request.confirmation_generation if shows_token else None}
 
@@ -172,6 +169,8 @@ async def _advance(
         request.channel = acting.facts.channel
         request.plan_code = acting.account.plan_code
         request.assistance_requested_at = acting.now
+        request.assistance_reminded_at = None
+        request.assistance_escalated_at = None
         request.confirmation_token_hash = None
         request.confirmation_expires_at = None
         request.confirmation_generation += 1
@@ -211,43 +210,6 @@ def _token_hash(installation: Installation, request: CancellationRequest) -> str
     return hash_confirmation_token(token)
 
 
-async def _hand_to_csm(installation: Installation, acting: Acting, request: CancellationRequest) -> None:
-    policy, account, member = installation.policy, acting.account, acting.caller.member
-    assert member is not None
-    csm = acting.facts.csm
-    plan = account.plan(policy)
-    await outbox.put(
-        [
-            outbox.Addressed(
-                name=csm.name,
-                address=csm.email,
-                email=AssistanceRequested(
-                    account_name=account.name,
-                    plan_name=plan.name,
-                    account_reference=account.reference,
-                    requested_at=acting.now,
-                    respond_by=acting.now + policy.assistance_response,
-                    member=Contact(name=member.name, email=member.email),
-                ),
-            ),
-            outbox.Addressed(
-                name=member.name,
-                address=member.email,
-                email=CancellationReceived(
-                    account_name=account.name,
-                    plan_name=plan.name,
-                    requested_at=acting.now,
-                    csm=csm,
-                    response_hours=_hours(policy.assistance_response),
-                ),
-            ),
-        ],
-        account_id=account.id,
-        now=acting.now,
-        mail_domain=installation.mail_domain,
-    )
-
-
 async def _ask_members_to_confirm(installation: Installation, acting: Acting, request: CancellationRequest) -> None:
     assert request.opened_by_staff_id is not None
     expires_at = request.confirmation_expires_at
@@ -260,7 +222,7 @@ async def _ask_members_to_confirm(installation: Installation, acting: Acting, re
             plan_name=acting.account.plan(installation.policy).name,
             opened_by=Contact(name=staff.name, email=staff.email or ""),
             expires_at=expires_at,
-            link=_link(
+            link=people.link(
                 LinkPurpose.CONFIRM,
                 recipient,
                 acting.account.id,
@@ -276,32 +238,6 @@ async def _ask_members_to_confirm(installation: Installation, acting: Acting, re
     )
 
 
-def _link(
-    purpose: LinkPurpose,
-    recipient: Recipient,
-    account_id: UUID,
-    request_id: UUID,
-    now: datetime,
-    expires_at: datetime,
-    *,
-    generation: int = 0,
-) -> Link:
-    return Link(
-        purpose=purpose,
-        issuer=recipient.issuer,
-        subject=recipient.subject,
-        account_id=account_id,
-        request_id=request_id,
-        generation=generation,
-        issued_at=now,
-        expires_at=expires_at,
-    )
-
-
-def _hours(duration: timedelta) -> int:
-    return int(duration / timedelta(hours=1))
-
-
 async def _record(kind: TransitionType, account: AccountView, request_id: UUID, actor: Actor, now: datetime) -> None:
     """A transition that leaves the account's status as it is."""
     await history.append(
@@ -314,6 +250,7 @@ async def _record(kind: TransitionType, account: AccountView, request_id: UUID, 
 
 async def withdraw(call: Call, account_id: UUID | None, *, idempotency_key: str | None = None) -> AccountView:
     """Take the open request back before it takes effect; the account is ACTIVE again, its feedback stays."""
+    await limiting.spend(call, account_id)
     async with db.transaction():
         acting = await act_on(call, account_id)
         lifecycle.permit(Action.WITHDRAW_CANCELLATION, acting.actor)
@@ -398,6 +335,7 @@ async def confirm(
         "token": confirmation_token and hash_confirmation_token(confirmation_token),
     }
     found = None if request_id is None else await accounts.load_request(request_id)
+    await limiting.spend(call, found.account_id if found else None)
     wrong_try: errors.ConfirmationTokenInvalid | None = None
     async with db.transaction():
         acting = await act_on(call, found.account_id if found else None, what="cancellation request")
@@ -501,7 +439,7 @@ async def _schedule(installation: Installation, acting: Acting, request_id: UUID
             confirmed_at=acting.now,
             confirmed_by=acting.actor.name,
             effective_at=effective_at,
-            retention_hours=_hours(plan.retention),
+            retention_hours=hours(plan.retention),
             security_contact=installation.policy.security,
         ),
         account_id=account.id,
@@ -527,6 +465,9 @@ async def _take_effect(
         canceled_at=window.canceled_at,
         restartable_until=window.restartable_until,
         deletion_scheduled_for=window.deletion_scheduled_for,
+        reminder_due_at=lifecycle.reminders(
+            window.deletion_scheduled_for, installation.policy.reminder_days, (), now
+        ).next_at,
     )
     assert changed == 1, f"account {account.id} moved under its lock"
     await CancellationRequest.filter(id=request_id, status=RequestStatus.CONFIRMED).update(
@@ -555,11 +496,15 @@ async def _take_effect(
             canceled_by=name,
             restartable_until=window.restartable_until,
             deletion_scheduled_for=window.deletion_scheduled_for,
-            retention_hours=_hours(plan.retention),
+            retention_hours=hours(plan.retention),
             billing_contact=installation.policy.billing_team,
             security_contact=installation.policy.security,
-            restart_link=_link(LinkPurpose.RESTART, recipient, account.id, request_id, now, window.restartable_until),
-            feedback_link=_link(LinkPurpose.FEEDBACK, recipient, account.id, request_id, now, window.restartable_until),
+            restart_link=people.link(
+                LinkPurpose.RESTART, recipient, account.id, request_id, now, window.restartable_until
+            ),
+            feedback_link=people.link(
+                LinkPurpose.FEEDBACK, recipient, account.id, request_id, now, window.restartable_until
+            ),
         ),
         account_id=account.id,
         now=now,
@@ -570,47 +515,10 @@ async def _take_effect(
 # -------------------------------------------------------------------------------------------------------- timers
 
 
-async def run_due(installation: Installation, *, limit: int = 100) -> int:
-    """Expire unconfirmed requests and let scheduled cancellations take effect, as far as they are due by the
-    database's clock: up to `limit` of each, one transaction each. Returns how many accounts were moved.
-
-    Any number of workers may run it: what is due is found without a lock and checked again under it.
-    """
-    now = await db.now()
-    moved = 0
-    for account_id in await _due(
-        "SELECT account_id AS id FROM cancellation_request WHERE status = 'PENDING_CONFIRMATION' "
-        f"AND confirmation_expires_at <= $1 ORDER BY confirmation_expires_at LIMIT {int(limit)}",
-        now,
-    ):
-        moved += await _unless_broken(_expire_if_due(account_id), account_id)
-    for account_id in await _due(
-        "SELECT id FROM account WHERE status = 'CANCELLATION_SCHEDULED' AND cancellation_effective_at <= $1 "
-        f"ORDER BY cancellation_effective_at LIMIT {int(limit)}",
-        now,
-    ):
-        moved += await _unless_broken(_take_effect_if_due(installation, account_id), account_id)
-    return moved
-
-
-async def _unless_broken(move: Awaitable[bool], account_id: UUID) -> bool:
-    """One account that cannot be moved, because its plan has left the policy for example, holds up no other."""
-    try:
-        return await move
-    except errors.Unavailable:
-        raise
-    except Exception:
-        _log.exception("cancellation.due_failed", account_id=str(account_id))
-        return False
-
-
-async def _due(sql: str, now: datetime) -> Sequence[UUID]:
-    return [db.as_uuid(row["id"]) for row in await db.fetch(sql, now)]
-
-
-async def _expire_if_due(account_id: UUID) -> bool:
+async def expire(_: Installation, account_id: UUID) -> bool:
+    """Close an account's request whose time to be confirmed has passed."""
     async with db.transaction():
-        account = await accounts.lock(account_id)
+        account = await accounts.lock_unless_busy(account_id)
         now = await db.now()
         if account is None or account.request is None or not lifecycle.has_expired(account.request.facts(), now):
             return False
@@ -618,9 +526,10 @@ async def _expire_if_due(account_id: UUID) -> bool:
         return True
 
 
-async def _take_effect_if_due(installation: Installation, account_id: UUID) -> bool:
+async def take_effect(installation: Installation, account_id: UUID) -> bool:
+    """Carry out a scheduled cancellation whose time has come."""
     async with db.transaction():
-        account = await accounts.lock(account_id)
+        account = await accounts.lock_unless_busy(account_id)
         now = await db.now()
         if (
             account is None

@@ -7,16 +7,20 @@ defect. Each command imports what it needs when it runs, so that the small ones 
 
 import asyncio
 import difflib
+import json
 import os
 import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from datetime import datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, TypeVar
+from uuid import UUID
 
 import typer
 
@@ -26,7 +30,10 @@ from app.policy import PolicyError
 from app.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from app.db import Database
+    from app.outbox import MessageView
 
 T = TypeVar("T")
 
@@ -45,6 +52,12 @@ policy_commands = typer.Typer(help="The policy: plans, windows, offers, contacts
 email_commands = typer.Typer(help="The emails that are sent.", no_args_is_help=True)
 staff_commands = typer.Typer(help="People of the company that runs the SaaS.", no_args_is_help=True)
 service_commands = typer.Typer(help="Other systems of that company.", no_args_is_help=True)
+deletions_commands = typer.Typer(help="What is to be deleted, and whether it may be.", no_args_is_help=True)
+deliveries_commands = typer.Typer(help="The emails that were promised, and what became of them.", no_args_is_help=True)
+clock_commands = typer.Typer(help="The development clock.", no_args_is_help=True)
+app.add_typer(deletions_commands, name="deletions")
+app.add_typer(deliveries_commands, name="deliveries")
+app.add_typer(clock_commands, name="clock")
 app.add_typer(policy_commands, name="policy")
 app.add_typer(email_commands, name="emails")
 app.add_typer(staff_commands, name="staff")
@@ -95,8 +108,10 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 @asynccontextmanager
 async def _database(settings: Settings) -> AsyncIterator["Database"]:
     """The database, bound. Raises `Refusal` where there is none or where migrations are missing."""
+    from app import logs
     from app.db.migrate import pending
 
+    logs.configure(format=settings.log_format, level=settings.log_level)
     file = _sqlite_file(settings)
     if file is not None and not file.exists():
         raise errors.Refusal(f"There is no database at {file} yet. Run `sunset migrate` first.")
@@ -118,7 +133,11 @@ async def _opened(settings: Settings) -> AsyncIterator["Database"]:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        database = await Database.open(settings.database_url, pool_size=settings.database_pool_size)
+        database = await Database.open(
+            settings.database_url,
+            pool_size=settings.database_pool_size,
+            development_clock=settings.clock == "development",
+        )
     except asyncpg.PostgresError as error:  # refused by the server: no such database, wrong password
         raise errors.Refusal(f"SUNSET_DATABASE_URL: {error}") from None
     try:
@@ -202,17 +221,19 @@ async def _prepare(settings: Settings) -> list[tuple[str, str, str]]:
     """Migrate, check, make the demo; answer whom there are tokens for: name, part, token."""
     from app import demo
     from app.db.migrate import migrate
-    from app.main import check_plans, installation
+    from app.main import check_clock, check_plans, installation
 
     shared = installation(settings)
     async with _opened(settings) as database:
         await migrate(database)
         with database.bind():
+            await check_clock(settings)
             await check_plans(shared)
             if settings.demo:
                 await demo.make(shared)
             if not settings.development_issuer:
                 return []
+            await shared.tokens.follow()
             return [(one.who, one.part, shared.tokens.mint(one.subject, _START_TOKENS)) for one in await demo.cast()]
 
 
@@ -237,7 +258,10 @@ def _hours(duration: timedelta) -> str:
 
 @app.command()
 def worker() -> None:
-    """Deliver what is due, until told to stop (SIGTERM). Several may run, beside any number of `sunset serve`."""
+    """Deliver what is due, until told to stop (SIGTERM). Several may run, beside any number of `sunset serve`.
+
+    With SUNSET_WORKER_PORT, serves `/metrics`, `/livez` and `/readyz` there.
+    """
     from app import logs
 
     settings = _settings()
@@ -249,17 +273,60 @@ async def _work(settings: Settings) -> None:
     import structlog
 
     from app import main as service
+    from app import tracing
 
     log = structlog.stdlib.get_logger(__name__)
     shared = service.installation(settings)
-    async with _database(settings):
+    async with _database(settings) as database, tracing.exporting(settings.otlp_endpoint):
+        await service.check_clock(settings)
         await service.check_plans(shared)
         own = service.worker(settings, shared)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, own.stop)
-        log.info("worker.started")
-        await own.run()
+        async with _probed(settings, service.create_worker_app(settings, shared, database)):
+            log.info("worker.started")
+            await own.run()
         log.info("worker.stopped")
+
+
+@asynccontextmanager
+async def _probed(settings: Settings, probes: "Starlette") -> AsyncIterator[None]:
+    """Within the block the worker's probes are served, where they have a port. Raises `Refusal` when it is taken."""
+    import uvicorn
+
+    if not settings.worker_port:
+        yield
+        return
+
+    class Server(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # the worker is who is told to stop
+
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listening = socket.create_server((settings.host, settings.worker_port), family=family)
+    except OSError as error:
+        raise errors.Refusal(f"SUNSET_WORKER_PORT: {settings.worker_port}: {error.strerror}") from None
+    with listening:
+        server = Server(
+            uvicorn.Config(
+                probes,
+                http="httptools",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=settings.grace_seconds,
+            )
+        )
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await serving
 
 
 @app.command()
@@ -348,10 +415,10 @@ async def _import(settings: Settings, stream: BinaryIO, *, dry_run: bool) -> int
     return summary.bad
 
 
-def _printable(text: str) -> str:
-    """Fit for a terminal: what came from a file neither moves its cursor nor fills it."""
-    shown = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text[:300])
-    return shown + ("..." if len(text) > 300 else "")
+def _printable(text: str, longest: int = 300) -> str:
+    """Fit for a terminal: what came from elsewhere neither moves its cursor nor fills it."""
+    shown = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text[:longest])
+    return shown + ("..." if len(text) > longest else "")
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens
@@ -401,7 +468,9 @@ async def _token(
     from app.tokens import DEVELOPMENT_ISSUER, Tokens
 
     found: Member | Staff | Service | None
+    tokens = Tokens.from_settings(settings)
     async with _database(settings):
+        await tokens.follow()
         if member is not None:
             who = f"member {member} of {account}"
             if not await Account.exists(reference=account):
@@ -420,7 +489,280 @@ async def _token(
         raise errors.Refusal(f"There is no {who}, or they were deactivated.")
     if found.issuer != DEVELOPMENT_ISSUER:
         raise errors.Refusal(f"The tokens of {who} come from {found.issuer}, and from nobody else.")
-    return Tokens.from_settings(settings).mint(found.subject, lifetime)
+    return tokens.mint(found.subject, lifetime)
+
+
+# ------------------------------------------------------------------------------------------------ deletions, clock
+
+
+@deletions_commands.command("list")
+def deletions_list(
+    due: Annotated[bool, typer.Option("--due", help="Only those whose date has come, oldest first.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell of each how many rows would be erased. Nothing is changed.")
+    ] = False,
+) -> None:
+    """List the deletions that are to come, are on hold, or are under way, and where the breaker stands."""
+    settings = _settings()
+    _run(_deletions_list(settings, due=due, dry_run=dry_run))
+
+
+async def _deletions_list(settings: Settings, *, due: bool, dry_run: bool) -> None:
+    from app import breaker, db, deletion
+    from app.main import installation
+
+    policy = installation(settings).policy
+    heading = ["reference", "account", "plan", "state", "deletion", *(["begins"] if due else [])]
+    rows = [[*heading, *deletion.ERASED] if dry_run else heading]
+    async with _database(settings):
+        gate = await breaker.read(policy)
+        print(
+            f"{gate.due:,} deletions within 24 hours, {gate.allowed:,} allowed, "
+            f"{gate.left:,} may begin now: {gate.state}"
+            + (f" since {gate.halted_at:%Y-%m-%d %H:%M} UTC" if gate.halted_at else "")
+        )
+        now, left = await db.now(), 0 if gate.would_halt else gate.left
+        async for account in deletion.due_first() if due else deletion.coming():
+            date = account.deletion_scheduled_for
+            row = [account.reference, str(account.id), account.plan_code, str(deletion.state(account, now))]
+            row.append(f"{date:%Y-%m-%d %H:%M} UTC" if date else "")
+            if due:
+                row.append("yes" if len(rows) <= left else "no, stopped")
+            if dry_run:
+                row += [str(count) for count in (await deletion.would_erase(account.id)).values()]
+            rows.append(row)
+    _columns(rows)
+    if dry_run:
+        print("Nothing was changed.")
+
+
+@deletions_commands.command("approve")
+def deletions_approve(
+    count: Annotated[int, typer.Option(help="How many, as `sunset deletions list` says.")],
+    note: Annotated[str, typer.Option(help="Why.")],
+) -> None:
+    """Let the deletions go on that have stopped because too many fell due: that many, for 24 hours."""
+    from app import breaker
+    from app.main import installation
+
+    settings = _settings()
+
+    async def approve() -> datetime | None:
+        async with _database(settings):
+            return (await breaker.approve_as_operator(installation(settings), count=count, note=note)).approved_until
+
+    print(f"{count:,} deletions are approved until {_run(approve()):%Y-%m-%d %H:%M} UTC.")
+
+
+@clock_commands.command("show")
+def clock_show() -> None:
+    """Print the time of the installation, and how far its clock was moved ahead."""
+    from app import db
+
+    settings = _settings()
+
+    async def read() -> tuple[datetime, timedelta]:
+        async with _database(settings):
+            return await db.now(), await db.clock_offset()
+
+    now, ahead = _run(read())
+    print(f"{now:%Y-%m-%d %H:%M:%S} UTC" + (f", {ahead} ahead" if ahead else ""))
+
+
+@clock_commands.command("advance")
+def clock_advance(
+    by: Annotated[str, typer.Argument(metavar="DURATION", help="60d, 36h, 30m or 10s.")],
+) -> None:
+    """Move the development clock ahead, for all processes of the installation. It never goes back."""
+    from app import clock
+
+    settings = _settings()
+    duration = clock.duration(by)
+
+    async def advance() -> datetime:
+        async with _database(settings):
+            return await clock.advance(duration)
+
+    print(f"It is {_run(advance()):%Y-%m-%d %H:%M:%S} UTC now.")
+
+
+# ------------------------------------------------------------------------------------------ deliveries, the doctor
+
+
+class _DeliveryState(StrEnum):
+    """`app.outbox.State` in the small letters of options; that module is imported when it is needed."""
+
+    WAITING = "waiting"
+    DUE = "due"
+    CLAIMED = "claimed"
+    DELIVERED = "delivered"
+    DEAD = "dead"
+    DROPPED = "dropped"
+
+
+_MESSAGE = typer.Argument(metavar="ID", help="As `sunset deliveries list` says it, or the Message-ID.")
+
+
+@deliveries_commands.command("list")
+def deliveries_list(
+    state: Annotated[list[_DeliveryState] | None, typer.Option(help="In this state; several times: in any.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="REFERENCE", help="About this account.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 50,
+) -> None:
+    """List messages, newest first: id, state, when promised, what, to whom, tries, when due, the last error."""
+    from app import accounts, outbox
+
+    settings = _settings()
+    states = None if not state else frozenset(outbox.State[one.name] for one in state)
+
+    async def read() -> list["MessageView"]:
+        async with _database(settings):
+            account_id = None
+            if account is not None and (account_id := await accounts.find(account)) is None:
+                raise errors.Refusal(f"No account has the reference {account}.")
+            return await outbox.page(states, account_id=account_id, limit=limit + 1)
+
+    found = _run(read())
+    _columns(
+        [
+            (
+                str(one.id),
+                one.state.value,
+                _minute(one.created_at),
+                one.template,
+                _printable(one.recipient_address) or "(erased)",
+                str(one.attempts),
+                _minute(one.due_at) if one.state in _TO_COME else "",
+                _printable(one.last_error or ""),
+            )
+            for one in found[:limit]
+        ]
+    )
+    if len(found) > limit:
+        print(f"There are more: --limit {limit * 2}", file=sys.stderr)
+
+
+_TO_COME = frozenset({"WAITING", "DUE", "CLAIMED"})
+
+
+def _minute(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M} UTC"
+
+
+@deliveries_commands.command("show")
+def deliveries_show(id: Annotated[str, _MESSAGE]) -> None:  # noqa: A002
+    """Show one message: everything that is stored of it. Links are shown as what they grant, and not signed."""
+    from app import outbox
+
+    settings, key = _settings(), _message_key(id)
+
+    async def read() -> "MessageView":
+        async with _database(settings):
+            found = await outbox.find(key)
+        if found is None:
+            raise errors.Refusal(f"There is no message {id}.")
+        return found
+
+    found = _run(read())
+    times = ("created_at", "due_at", "delivered_at", "dead_at", "dropped_at")
+    plain = ("id", "state", "template", "account_id", "message_id", "recipient_name", "recipient_address")
+    shown = [(name, str(getattr(found, name) or "")) for name in plain]
+    shown += [(name, f"{moment:%Y-%m-%d %H:%M:%S} UTC") for name in times if (moment := getattr(found, name))]
+    shown += [("attempts", str(found.attempts)), ("last_error", found.last_error or "")]
+    _columns([(name, _printable(value)) for name, value in shown])
+    for line in json.dumps(found.facts, indent=2, ensure_ascii=False).splitlines():
+        print(_printable(line, 5_000))
+
+
+@deliveries_commands.command("retry")
+def deliveries_retry(
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help=_MESSAGE.help)] = None,
+    all_dead: Annotated[bool, typer.Option("--all-dead", help="Every dead letter that can still be sent.")] = False,
+) -> None:
+    """Send again what is a dead letter or waits: due at once, with all tries before it and the same Message-ID."""
+    from app import outbox
+
+    if bool(ids) == all_dead:
+        raise typer.BadParameter("say which: one or more IDs, or --all-dead")
+    settings = _settings()
+    if not all_dead:
+        _each_message(settings, ids or [], outbox.retry, "is due now")
+        return
+
+    async def retry() -> tuple[int, int]:
+        async with _database(settings):
+            return await outbox.retry_dead(), (await outbox.depth()).dead
+
+    retried, left = _run(retry())
+    print(f"{retried:,} dead letters are due now.")
+    if left:
+        print(f"{left:,} stay: the data of their recipients was erased. Drop them.")
+
+
+@deliveries_commands.command("drop")
+def deliveries_drop(
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help=_MESSAGE.help)],
+) -> None:
+    """Give messages up that were not delivered: they are never sent, and stay in the list."""
+    from app import outbox
+
+    _each_message(_settings(), ids, outbox.drop, "is dropped")
+
+
+def _each_message(settings: Settings, ids: Sequence[str], act: Callable[[UUID], Awaitable[None]], done: str) -> None:
+    """Each by itself: one that is refused keeps no other from it, and makes the exit status 1."""
+    keys = [_message_key(id_) for id_ in ids]
+
+    async def all_of_them() -> list[str]:
+        refused = []
+        async with _database(settings):
+            for key in keys:
+                try:
+                    await act(key)
+                except errors.Refusal as refusal:
+                    refused.append(refusal.message)
+                else:
+                    print(f"Message {key} {done}.")
+        return refused
+
+    if refused := _run(all_of_them()):
+        _fail(*refused)
+
+
+def _message_key(text: str) -> UUID:
+    try:
+        return UUID(text.strip("<>").partition("@")[0])
+    except ValueError:
+        raise typer.BadParameter(
+            "a message is named by the id that `sunset deliveries list` says, or by its Message-ID", param_hint="ID"
+        ) from None
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, for a monitoring system.")] = False,
+) -> None:
+    """Check the whole installation, one line for each check. Exit status 1 when one of them fails.
+
+    Settings, policy, mail server, database, schema, clock, overdue work, dead letters, and every rule that always
+    holds, on every row. Changes nothing and sends nothing.
+    """
+    from app import doctor as examiner
+    from app import logs
+
+    logs.configure(format="text", level="error")
+    checks = _run(examiner.examine(os.environ))
+    failed = any(check.verdict is examiner.Verdict.FAIL for check in checks)
+    if as_json:
+        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            print(f"{check.verdict:<4}  {check.name:<{width}}  {_printable(check.message, 2_000)}")
+            for line in check.details:
+                print(f"      {_printable(line, 2_000)}")
+    if failed:
+        sys.exit(1)
 
 
 # -------------------------------------------------------------------------------------------- what is in force

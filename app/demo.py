@@ -98,6 +98,7 @@ _ACCOUNTS: tuple[tuple[str, str, str, str | None, tuple[MemberItem, ...]], ...] 
 _STAFF = (
     (_CSM, "Casey Morgan", StaffRole.CUSTOMER_SUCCESS_MANAGER),
     ("billing@vendor.example", "Billie Stone", StaffRole.BILLING_TEAM),
+    ("finance@vendor.example", "Fiona Marsh", StaffRole.BILLING_TEAM),
     ("support@vendor.example", "Sam Porter", StaffRole.SUPPORT),
 )
 _SERVICES = (("host", Scope.PROVISION), ("gatekeeper", Scope.GATE))

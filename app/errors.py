@@ -113,6 +113,10 @@ class RestartWindowClosed(Refusal):
         self.contact = contact
 
 
+class DeletionsNotHalted(Refusal):
+    """There is nothing to approve: no breaker stops the deletions."""
+
+
 class InvalidInput(Refusal):
     """A value is well-typed and not acceptable. `field` is its path in the input, in GraphQL's spelling."""
 
@@ -137,6 +141,8 @@ class RequestError(Exception):
     code: ClassVar[str]
     http_status: ClassVar[int]
     """The status when the whole HTTP request is refused before execution."""
+    retry_after: int | None = None
+    """After how many seconds trying again makes sense, where it does: HTTP's `Retry-After`."""
 
     def __init__(self, message: str, **extensions: Any) -> None:
         super().__init__(message)
@@ -186,8 +192,21 @@ class PayloadTooLarge(RequestError):
     http_status = 413
 
 
+class RateLimited(RequestError):
+    """The caller, or callers together about one account, ask for too much in too short a time."""
+
+    code = "RATE_LIMITED"
+    http_status = 429
+    retry_after: int
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, retryAfter=retry_after)
+        self.retry_after = retry_after
+
+
 class Unavailable(RequestError):
     """The database cannot be reached just now. Nothing is known to have been changed; try again."""
 
     code = "SERVICE_UNAVAILABLE"
     http_status = 503
+    retry_after = 1

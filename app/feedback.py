@@ -3,7 +3,7 @@
 from typing import Any
 from uuid import UUID
 
-from app import accounts, db, errors, history, idempotency, lifecycle, offers
+from app import accounts, db, errors, history, idempotency, lifecycle, limiting, offers
 from app.accounts import FeedbackView, RequestView
 from app.auth import Acting, Call, Installation, act_on
 from app.lifecycle import (
@@ -32,6 +32,7 @@ async def submit(
     """
     values = {"request": request_id, "reason": reason, "comment": comment}
     found = None if request_id is None else await accounts.load_request(request_id)
+    await limiting.spend(call, found.account_id if found else None)
     async with db.transaction():
         acting = await act_on(call, found.account_id if found else None, what="cancellation request")
         assert found is not None

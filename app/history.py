@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from app import accounts, db
+from app import accounts, db, metrics
 from app.lifecycle import AccountStatus, Actor, ActorKind, TransitionType
 from app.models import Transition
 
@@ -43,6 +43,7 @@ async def append(
         account_status=status,
         occurred_at=now,
     )
+    db.on_commit(lambda: metrics.transition(kind))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,12 +1,13 @@
 """The same key and input, from the same caller for the same mutation: the same answer, and one effect.
 
-The answer is stored in the transaction that it tells of: ids and plain values, from which the caller rebuilds what
-it said. A refused attempt changed nothing and is not stored. Authorization comes first, always: a key gives nobody
-an answer that their token no longer would.
+The answer is stored in the transaction that it tells of, for 30 days: ids and plain values, from which the caller
+rebuilds what it said. A refused attempt changed nothing and is not stored. Authorization comes first, always: a key
+gives nobody an answer that their token no longer would.
 """
 
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +18,9 @@ from app.models import IdempotencyRecord
 from app.tokens import Identity
 
 MAX_KEY_LENGTH = 255
+
+KEPT = timedelta(days=30)
+"""How long a key gives its answer again."""
 
 
 def _caller(identity: Identity) -> str:
@@ -33,7 +37,7 @@ async def once(
     mutation: str,
     key: str | None,
     values: Mapping[str, Any],
-    account_id: UUID,
+    account_id: UUID | None,
     action: Callable[[], Awaitable[dict[str, Any]]],
 ) -> dict[str, Any]:
     """Run `action` and remember its answer, or give the answer that it gave before.
@@ -68,3 +72,12 @@ async def once(
     if stored is None:  # A call about another account used the key since; this one's effect must not stay.
         raise errors.IdempotencyConflict
     return answer
+
+
+async def forget(*, limit: int = 1_000) -> int:
+    """Delete records that are older than `KEPT`, up to `limit`. Returns how many."""
+    return await db.execute(
+        "DELETE FROM idempotency_record WHERE id IN "
+        f"(SELECT id FROM idempotency_record WHERE created_at < $1 ORDER BY created_at LIMIT {int(limit)})",
+        await db.now() - KEPT,
+    )

@@ -6,7 +6,8 @@ frozen values, and what comes back is the next step or a `Refusal` from `app.err
 the two cannot disagree.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -136,6 +137,8 @@ class Action(StrEnum):
     CONFIRM_CANCELLATION = "CONFIRM_CANCELLATION"
     RESTART_ACCOUNT = "RESTART_ACCOUNT"
     REQUEST_RESTART = "REQUEST_RESTART"
+    HOLD_DELETION = "HOLD_DELETION"
+    RELEASE_DELETION = "RELEASE_DELETION"
 
 
 class TransitionType(StrEnum):
@@ -152,6 +155,11 @@ class TransitionType(StrEnum):
     FEEDBACK_SUBMITTED = "account.feedback_submitted"
     RESTART_REQUESTED = "account.restart_requested"
     RESTARTED = "account.restarted"
+    DELETION_REMINDER = "account.deletion_reminder"
+    DELETION_HELD = "account.deletion_held"
+    DELETION_RELEASED = "account.deletion_released"
+    DELETION_STARTED = "account.deletion_started"
+    DELETED = "account.deleted"
 
 
 class Phase(StrEnum):
@@ -162,6 +170,7 @@ class Phase(StrEnum):
     CONFIRMATION_PENDING = "CONFIRMATION_PENDING"
     SCHEDULED = "SCHEDULED"
     CANCELED = "CANCELED"
+    HELD = "HELD"
     DELETING = "DELETING"
     DELETED = "DELETED"
 
@@ -218,6 +227,7 @@ class AccountFacts:
     cancellation_effective_at: datetime | None
     restartable_until: datetime | None
     deletion_scheduled_for: datetime | None
+    deletion_held_at: datetime | None
     csm: Contact
     billing_contact: Contact
     request: RequestFacts | None
@@ -226,6 +236,8 @@ class AccountFacts:
         """The column of the rule table. A request whose confirmation time has passed no longer counts as open."""
         if self.status is AccountStatus.CANCELLATION_SCHEDULED:
             return Phase.SCHEDULED
+        if self.deletion_held_at is not None:
+            return Phase.HELD
         if self.status is not AccountStatus.ACTIVE:
             return Phase(self.status.value)
         if self.request is None or has_expired(self.request, now):
@@ -249,7 +261,7 @@ class Rule(NamedTuple):
     phases: frozenset[Phase]
 
 
-_IN_WINDOW = frozenset({Phase.CANCELED})
+_IN_WINDOW = frozenset({Phase.CANCELED, Phase.HELD})
 _PENDING = frozenset({Phase.ASSISTANCE_PENDING, Phase.CONFIRMATION_PENDING})
 _BILLING_MEMBER = frozenset({Relation.BILLING_MEMBER})
 
@@ -259,7 +271,7 @@ RULES: Mapping[Action, Rule] = {
     ),
     Action.SUBMIT_FEEDBACK: Rule(
         _BILLING_MEMBER | {Relation.FEEDBACK_LINK},
-        _PENDING | {Phase.ACTIVE, Phase.SCHEDULED, Phase.CANCELED},
+        _PENDING | _IN_WINDOW | {Phase.ACTIVE, Phase.SCHEDULED},
     ),
     Action.ACCEPT_OFFER: Rule(_BILLING_MEMBER, _PENDING),
     Action.DECLINE_OFFER: Rule(_BILLING_MEMBER, _PENDING),
@@ -269,6 +281,8 @@ RULES: Mapping[Action, Rule] = {
     ),
     Action.RESTART_ACCOUNT: Rule(frozenset({Relation.BILLING_TEAM}), _IN_WINDOW),
     Action.REQUEST_RESTART: Rule(frozenset({Relation.RESTART_LINK}), _IN_WINDOW),
+    Action.HOLD_DELETION: Rule(frozenset({Relation.BILLING_TEAM}), frozenset({Phase.CANCELED})),
+    Action.RELEASE_DELETION: Rule(frozenset({Relation.BILLING_TEAM}), frozenset({Phase.HELD})),
 }
 """Who may do what, when. Whatever is not here is refused."""
 
@@ -278,12 +292,15 @@ _STATE_MESSAGES: Mapping[Phase, str] = {
     Phase.CONFIRMATION_PENDING: "The cancellation request waits for a member's confirmation.",
     Phase.SCHEDULED: "The cancellation is confirmed and scheduled. It can be withdrawn until it takes effect.",
     Phase.CANCELED: "The account is canceled.",
+    Phase.HELD: "The account is canceled, and its deletion is on hold.",
     Phase.DELETING: "The account's data is being deleted; this cannot be undone. A new account must be set up.",
     Phase.DELETED: "The account's data has been deleted; this cannot be undone. A new account must be set up.",
 }
 
 _PERMISSION_MESSAGES: Mapping[Action, str] = {
     Action.RESTART_ACCOUNT: "Only the billing team restarts an account.",
+    Action.HOLD_DELETION: "Only the billing team holds a deletion.",
+    Action.RELEASE_DELETION: "Only the billing team releases a deletion.",
     Action.REQUEST_RESTART: "A restart is asked for with the link in the cancellation email.",
     Action.CONFIRM_CANCELLATION: (
         'Only a member with the permission "Access billing & account info" confirms a cancellation; staff never does.'
@@ -309,7 +326,7 @@ def check(action: Action, actor: Actor, account: AccountFacts, now: datetime) ->
     permit(action, actor)
     phase = account.phase(now)
     if action in {Action.RESTART_ACCOUNT, Action.REQUEST_RESTART} and (
-        phase in {Phase.DELETING, Phase.DELETED} or (phase is Phase.CANCELED and not _in_window(account, now))
+        phase in {Phase.DELETING, Phase.DELETED} or (phase in _IN_WINDOW and not _in_window(account, now))
     ):
         raise _window_closed(account)
     if phase not in RULES[action].phases:
@@ -454,11 +471,45 @@ def retention_window(canceled_at: datetime, retention: timedelta) -> RetentionWi
     return RetentionWindow(canceled_at=canceled_at, restartable_until=end, deletion_scheduled_for=end)
 
 
-def can_send_messages(status: AccountStatus) -> bool:
-    """Whether the host may send messages for the account. True until the cancellation takes effect."""
-    return status in {AccountStatus.ACTIVE, AccountStatus.CANCELLATION_SCHEDULED}
+def release(account: AccountFacts, minimum_notice: timedelta, now: datetime) -> datetime:
+    """When a deletion that is released now is due: never inside the window, and never sooner than the notice."""
+    assert account.restartable_until is not None, "a held account is canceled"
+    return max(account.restartable_until, now + minimum_notice)
 
 
-def members_can_sign_in(status: AccountStatus) -> bool:
-    """Whether the account's members have access. True until the cancellation takes effect."""
-    return can_send_messages(status)
+@dataclass(frozen=True, kw_only=True)
+class Reminders:
+    """Which reminder of a deletion is to be sent now, if any, and when to look again."""
+
+    days: int | None
+    next_at: datetime | None
+
+
+def reminders(deletion_scheduled_for: datetime, days: Iterable[int], sent: Collection[int], now: datetime) -> Reminders:
+    """What is due of the reminders that many days before a deletion, `sent` being those that went out for this date.
+
+    Of several that are overdue the nearest is sent, and the ones before it never: they would say what is no longer
+    so. When the date itself has come, none is.
+    """
+    if now >= deletion_scheduled_for:
+        return Reminders(days=None, next_at=None)
+    moments = {day: deletion_scheduled_for - timedelta(days=day) for day in days}
+    overdue = [day for day, moment in moments.items() if moment <= now]
+    nearest = min(overdue, default=None)
+    return Reminders(
+        days=None if nearest in sent else nearest,
+        next_at=min((moment for moment in moments.values() if moment > now), default=None),
+    )
+
+
+def deletions_allowed(accounts: int, at_least: int, percent: float) -> int:
+    """How many deletions may fall due within 24 hours before all of them are stopped."""
+    return max(at_least, math.floor(accounts * percent / 100))
+
+
+def has_access(status: AccountStatus, cancellation_effective_at: datetime | None, now: datetime) -> bool:
+    """Whether the account's members have access and messages may be sent for it: until the cancellation takes effect,
+    which is its time, also when nobody has been there to carry it out."""
+    if status is AccountStatus.CANCELLATION_SCHEDULED:
+        return cancellation_effective_at is None or now < cancellation_effective_at
+    return status is AccountStatus.ACTIVE

@@ -4,6 +4,7 @@ Several services can live in one process: each has its own database, bound for e
 """
 
 import asyncio
+import hmac
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,20 +18,22 @@ import structlog
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import db, errors, policy
+from app import alarms, db, errors, metrics, policy, tracing
 from app.auth import Call, Installation
 from app.db import Database
 from app.db.migrate import pending
 from app.delivery.email import mailer_from_settings
 from app.graphql.context import Context
 from app.graphql.http import GraphQLEndpoint
+from app.graphql.refusals import HANDLERS
 from app.graphql.schema import SCHEMA, printed
-from app.settings import Settings
+from app.observation import observe
+from app.settings import Settings, SettingsError
 from app.tokens import DEVELOPMENT_ISSUER, Tokens
 from app.web import graphiql, links, mailbox
 from app.worker import Worker
@@ -45,6 +48,9 @@ def installation(settings: Settings) -> Installation:
         tokens=Tokens.from_settings(settings),
         mail_domain=parseaddr(settings.mail_from)[1].rpartition("@")[2],
         member_issuer=settings.oidc_issuer or DEVELOPMENT_ISSUER,
+        rate_limit_caller=settings.rate_limit_caller,
+        rate_limit_account=settings.rate_limit_account,
+        request_timeout=timedelta(seconds=settings.request_timeout),
     )
 
 
@@ -61,7 +67,21 @@ def worker(settings: Settings, shared: Installation) -> Worker:
 
 
 async def open_database(settings: Settings) -> Database:
-    return await Database.open(settings.database_url, pool_size=settings.database_pool_size)
+    return await Database.open(
+        settings.database_url,
+        pool_size=settings.database_pool_size,
+        development_clock=settings.clock == "development",
+    )
+
+
+async def check_clock(settings: Settings) -> None:
+    """Refuse a database whose development clock was moved ahead, where the clock is to be the database's own: its
+    accounts were canceled at times that have not come yet."""
+    ahead = await db.clock_offset()
+    if ahead and settings.clock == "system":
+        raise SettingsError(
+            [f"SUNSET_CLOCK is system, and this database's was moved {ahead} ahead: begin with a new database."]
+        )
 
 
 async def check_plans(shared: Installation) -> None:
@@ -72,7 +92,12 @@ async def check_plans(shared: Installation) -> None:
         raise policy.PolicyError(f"Accounts are on plans that the policy does not have: {', '.join(missing)}")
 
 
-_UNLOGGED = frozenset({"/livez", "/readyz"})
+_READY_WITHIN = timedelta(seconds=2)
+_DEEPLY_READY_WITHIN = timedelta(seconds=5)
+_PROBES = frozenset({"/livez", "/readyz", "/metrics"})
+"""Asked every few seconds: neither logged nor traced."""
+
+_REFUSALS = frozenset(handler.error_type.__name__ for handler in HANDLERS)
 
 
 class _Logged:
@@ -83,7 +108,7 @@ class _Logged:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _UNLOGGED:
+        if scope["type"] != "http" or scope["path"] in _PROBES:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
@@ -108,6 +133,32 @@ class _Logged:
                 milliseconds=round((time.perf_counter() - began) * 1000, 1),
                 **answer,
             )
+
+
+class _Traced:
+    """One span for each request, where traces are wanted: continues the client's trace, if it sends one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not tracing.active() or scope["type"] != "http" or scope["path"] in _PROBES:
+            await self._app(scope, receive, send)
+            return
+        with tracing.request(scope["method"], Headers(scope=scope).get("traceparent")) as span:
+
+            async def noted(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.answered(message["status"])
+                await send(message)
+
+            try:
+                await self._app(scope, receive, noted)
+            finally:
+                if isinstance(route := scope.get("route"), Route | Mount):
+                    span.routed(route.path)
+                if operation := scope.get("state", {}).get("operation"):
+                    span.asked(operation.kind, set(operation.roots.values()))
 
 
 class _Bound:
@@ -140,8 +191,9 @@ class _Service:
             with self.database.bind():
                 if missing := await pending(self.database):
                     raise RuntimeError(f"The database needs migrations: {', '.join(missing)}. Run: sunset migrate")
+                await check_clock(self.settings)
                 await check_plans(self.installation)
-                async with self._working():
+                async with tracing.exporting(self.settings.otlp_endpoint), self._working():
                     yield
         finally:
             await self.installation.tokens.close()
@@ -166,16 +218,60 @@ class _Service:
         scheme, _, token = header.partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise errors.Unauthenticated("Send a token: `Authorization: Bearer ...`.")
+        await self.installation.tokens.follow()
         identity = await self.installation.tokens.verify(token.strip())
         return Context(Call(identity=identity, installation=self.installation))
 
-    async def ready(self, _: Request) -> JSONResponse:
-        """Whether requests can be served now: the database answers."""
+    async def ready(self, request: Request) -> Response:
+        """Whether requests can be served now: the database answers. `?deep`, for who may look inside, says too what
+        somebody should be called for, and refuses when a deletion is overdue."""
+        deep = "deep" in request.query_params
+        if deep and (refused := refuse_stranger(self.settings, request)):
+            return refused
         try:
-            await db.now()
+            async with db.deadline(_DEEPLY_READY_WITHIN if deep else _READY_WITHIN):
+                if deep:
+                    return await self._ready_deep()
+                await db.now()
         except errors.Unavailable:
             return JSONResponse({"status": "unavailable", "database": "unreachable"}, 503, {"Retry-After": "5"})
         return JSONResponse({"status": "ready"})
+
+    async def _ready_deep(self) -> Response:
+        assert self.database is not None
+        if missing := await pending(self.database):
+            return JSONResponse({"status": "unavailable", "database": "not migrated", "migrations": missing}, 503)
+        found = await alarms.current(self.installation)
+        told = [
+            {"name": one.name, "message": one.message, "since": one.since and one.since.isoformat()} for one in found
+        ]
+        if any(one.name is alarms.Name.DELETIONS_OVERDUE for one in found):
+            return JSONResponse({"status": "alarm", "alarms": told}, 503)
+        return JSONResponse({"status": "ready", "alarms": told})
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus: what this process did, and how the installation is doing."""
+        if refused := refuse_stranger(self.settings, request):
+            return refused
+        return Response(metrics.rendered(await observe(self.installation)), media_type=metrics.CONTENT_TYPE)
+
+    def probes(self) -> list[BaseRoute]:
+        return [
+            Route("/livez", _live),
+            Route("/readyz", self.ready),
+            Route("/metrics", self.metrics),
+        ]
+
+
+def refuse_stranger(settings: Settings, request: Request) -> Response | None:
+    """The answer to who may not look inside; None for who may. That is whoever has SUNSET_METRICS_TOKEN; without one,
+    everybody in development and nobody in production."""
+    if not settings.metrics_token:
+        return None if settings.environment == "development" else PlainTextResponse("Not Found", 404)
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), settings.metrics_token.encode()):
+        return None
+    return PlainTextResponse("Unauthorized", 401, {"WWW-Authenticate": "Bearer"})
 
 
 async def _live(_: Request) -> JSONResponse:
@@ -186,7 +282,13 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
     """The ASGI application for these settings. Opens nothing until its lifespan begins. `shared` is what
     `installation` makes of the settings, where the caller has made it already."""
     service = _Service(settings, shared or installation(settings))
-    endpoint = GraphQLEndpoint(SCHEMA, context=service.context, gate=Context.require_caller)
+    endpoint = GraphQLEndpoint(
+        SCHEMA,
+        context=service.context,
+        gate=Context.require_caller,
+        refusals=_REFUSALS,
+        timeout=service.installation.request_timeout,
+    )
     schema = printed()
 
     async def schema_file(_: Request) -> PlainTextResponse:
@@ -195,8 +297,7 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
     routes: list[BaseRoute] = [
         Route("/graphql", endpoint),
         Route("/schema.graphql", schema_file),
-        Route("/livez", _live),
-        Route("/readyz", service.ready),
+        *service.probes(),
         *links.routes(service.installation),
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "web" / "static")),
     ]
@@ -205,6 +306,17 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
     if settings.mailbox:
         routes += mailbox.routes(settings.data_dir / "mailbox")
     app = Starlette(routes=routes, lifespan=service.lifespan)
+    app.add_middleware(_Bound, service=service)
+    app.add_middleware(_Logged)
+    app.add_middleware(_Traced)
+    return app
+
+
+def create_worker_app(settings: Settings, shared: Installation, database: Database) -> Starlette:
+    """What `sunset worker` serves while it runs on that database: the probes, and nothing else."""
+    service = _Service(settings, shared)
+    service.database = database
+    app = Starlette(routes=service.probes())
     app.add_middleware(_Bound, service=service)
     app.add_middleware(_Logged)
     return app

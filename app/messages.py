@@ -45,12 +45,20 @@ class Email:
     about: ClassVar[str]
     """When it is sent and to whom, for the documentation."""
 
+    erased_when_settled: ClassVar[bool] = False
+    """Whether nothing but the fact of its delivery is kept of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountEmail(Email):
+    """About one account."""
+
     account_name: str
     plan_name: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class CancellationReceived(Email):
+class CancellationReceived(AccountEmail):
     template = "cancellation-received"
     about = "To the member who asked to cancel an ASSISTED plan: received, and who will be in touch."
 
@@ -60,7 +68,7 @@ class CancellationReceived(Email):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssistanceRequested(Email):
+class AssistanceRequested(AccountEmail):
     template = "assistance-requested"
     about = "To the Customer Success Manager: a member of an ASSISTED plan asks to cancel."
 
@@ -71,7 +79,7 @@ class AssistanceRequested(Email):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfirmationRequested(Email):
+class ConfirmationRequested(AccountEmail):
     template = "confirmation-requested"
     about = "To the members with the billing permission: staff has opened the cancellation; the link to confirm it."
 
@@ -81,7 +89,7 @@ class ConfirmationRequested(Email):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CancellationConfirmed(Email):
+class CancellationConfirmed(AccountEmail):
     template = "cancellation-confirmed"
     about = "To the member who confirmed: the account is canceled, what stopped, and until when it can be restarted."
 
@@ -103,7 +111,7 @@ class CancellationNotice(CancellationConfirmed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CancellationScheduled(Email):
+class CancellationScheduled(AccountEmail):
     template = "cancellation-scheduled"
     about = "To the members with the billing permission: confirmed, takes effect at the end of the paid period."
 
@@ -115,7 +123,7 @@ class CancellationScheduled(Email):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CancellationWithdrawn(Email):
+class CancellationWithdrawn(AccountEmail):
     template = "cancellation-withdrawn"
     about = "To the members with the billing permission: the cancellation was withdrawn; nothing changes."
 
@@ -124,7 +132,7 @@ class CancellationWithdrawn(Email):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfferAccepted(Email):
+class OfferAccepted(AccountEmail):
     template = "offer-accepted"
     about = "To the billing team: a member accepted an offer instead of canceling; it is to be carried out."
 
@@ -136,7 +144,7 @@ class OfferAccepted(Email):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RestartRequested(Email):
+class RestartRequested(AccountEmail):
     template = "restart-requested"
     about = "To the billing team: a former member asks to restart a canceled account."
 
@@ -148,12 +156,69 @@ class RestartRequested(Email):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AccountRestarted(Email):
+class AccountRestarted(AccountEmail):
     template = "account-restarted"
     about = "To the members with the billing permission: the account is active again."
 
     restarted_at: datetime
     billing_contact: Contact
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssistanceReminder(AssistanceRequested):
+    template = "assistance-reminder"
+    about = "To the Customer Success Manager: the time to answer a request to cancel has passed."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssistanceEscalated(AssistanceRequested):
+    template = "assistance-escalated"
+    about = "To the billing team: the Customer Success Manager was reminded and has not answered."
+
+    csm: Contact
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeletionReminder(AccountEmail):
+    template = "deletion-reminder"
+    about = "To the members with the billing permission, on the policy's days before the deletion."
+
+    canceled_at: datetime
+    deletion_scheduled_for: datetime
+    hours_left: int
+    restart_link: Link | None
+    """None when the time to restart is over, as after a long hold."""
+    billing_contact: Contact
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeletionRescheduled(AccountEmail):
+    template = "deletion-rescheduled"
+    about = "To the members with the billing permission: a hold was released, and the data has a new deletion date."
+
+    deletion_scheduled_for: datetime
+    billing_contact: Contact
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountDeleted(AccountEmail):
+    template = "account-deleted"
+    about = "To the members who had the billing permission: the data is gone. The last email about an account."
+    erased_when_settled = True
+
+    canceled_at: datetime
+    deleted_at: datetime
+    billing_contact: Contact
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeletionsHalted(Email):
+    template = "deletions-halted"
+    about = "To the operators: more deletions fell due than the policy allows, and all have stopped."
+
+    halted_at: datetime
+    due: int
+    allowed: int
 
 
 CATALOGUE: dict[str, type[Email]] = {
@@ -169,6 +234,12 @@ CATALOGUE: dict[str, type[Email]] = {
         OfferAccepted,
         RestartRequested,
         AccountRestarted,
+        AssistanceReminder,
+        AssistanceEscalated,
+        DeletionReminder,
+        DeletionRescheduled,
+        AccountDeleted,
+        DeletionsHalted,
     )
 }
 
@@ -199,6 +270,10 @@ def _unpack(kind: Any, value: Any) -> Any:
         return datetime.fromisoformat(value)
     if kind in (UUID, LinkPurpose):
         return kind(value)
+    if kind == Link | None:
+        kind = Link
+        if value is None:
+            return None
     if kind in (Contact, Link):
         return kind(**{field.name: _unpack(field.type, value[field.name]) for field in fields(kind)})
     return value

@@ -89,6 +89,7 @@ class Account(Model):
     - restartable_until > canceled_at; deletion_scheduled_for >= restartable_until
     - cancellation_effective_at is set exactly in CANCELLATION_SCHEDULED
     - deletion_started_at is set exactly in DELETING and DELETED and is never before restartable_until
+    - reminder_due_at only in CANCELED without a hold, and before deletion_scheduled_for
     - deleted_at is set exactly in DELETED
     - status moves only along lifecycle.md's arrows; a DELETED account never changes status;
       a row is inserted as ACTIVE only
@@ -118,6 +119,8 @@ class Account(Model):
     deletion_started_at = UtcDatetimeField(null=True)
     deleted_at = UtcDatetimeField(null=True)
     created_at = UtcDatetimeField()
+    reminder_due_at = UtcDatetimeField(null=True)
+    """When the next reminder of the deletion is due; None when there is none to come."""
 
     class Meta:
         table = "account"
@@ -159,6 +162,7 @@ class CancellationRequest(Model):
     - took_effect_at set exactly in EFFECTIVE and REVERTED
     - closed_at set exactly in WITHDRAWN, SAVED, EXPIRED and REVERTED
     - wrong_tries between 0 and 5
+    - assistance_reminded_at and assistance_escalated_at only where assistance was asked for
     - a closed request (WITHDRAWN, SAVED, EXPIRED, REVERTED) never changes status; status moves only along the arrows
     """
 
@@ -187,6 +191,8 @@ class CancellationRequest(Model):
     effective_at = UtcDatetimeField(null=True)
     took_effect_at = UtcDatetimeField(null=True)
     closed_at = UtcDatetimeField(null=True)
+    assistance_reminded_at = UtcDatetimeField(null=True)
+    assistance_escalated_at = UtcDatetimeField(null=True)
 
     class Meta:
         table = "cancellation_request"
@@ -298,8 +304,8 @@ class Transition(Model):
 class OutboxMessage(Model):
     """A message that the database has promised to send. `app.outbox` alone writes this table.
 
-    Kept by the database: message_id unique; at most one of delivered_at and dead_at; attempts >= 0; partial index on
-    due_at where neither is set; index on account_id.
+    Kept by the database: message_id unique; at most one of delivered_at, dead_at and dropped_at; attempts >= 0; partial
+    index on due_at where none is set; index on account_id.
     """
 
     id = fields.UUIDField(primary_key=True, default=uuid7)
@@ -317,6 +323,10 @@ class OutboxMessage(Model):
     delivered_at = UtcDatetimeField(null=True)
     dead_at = UtcDatetimeField(null=True)
     last_error = fields.TextField(null=True)
+    dropped_at = UtcDatetimeField(null=True)
+    """When an operator gave it up."""
+    traceparent = fields.CharField(max_length=64, null=True)
+    """The trace that it belongs to, as W3C Trace Context writes it."""
 
     class Meta:
         table = "outbox"
@@ -340,3 +350,154 @@ class IdempotencyRecord(Model):
 
     class Meta:
         table = "idempotency_record"
+
+
+class DeletionHold(Model):
+    """A deletion suspended, with who and why. The note goes with the account's data, the row stays.
+
+    Kept by the database: one that is not released per account: partial unique index; released_at is never before
+    held_at.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="deletion_holds"
+    )
+    account_id: UUID
+    note = fields.TextField(null=True)
+    held_at = UtcDatetimeField()
+    held_by_id = fields.UUIDField()
+    release_note = fields.TextField(null=True)
+    released_at = UtcDatetimeField(null=True)
+    released_by_id = fields.UUIDField(null=True)
+    """None where a restart ended it."""
+
+    class Meta:
+        table = "deletion_hold"
+
+
+class DeletionReminder(Model):
+    """A reminder that was sent. A restart takes them away, since their date is gone.
+
+    Kept by the database: (account, deletion_scheduled_for, days) unique: once for each date.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="deletion_reminders"
+    )
+    account_id: UUID
+    deletion_scheduled_for = UtcDatetimeField()
+    days = fields.IntField()
+    """Which of the policy's reminders."""
+    sent_at = UtcDatetimeField()
+
+    class Meta:
+        table = "deletion_reminder"
+
+
+class DeletionStep(Model):
+    """The part of a deletion that one data system does.
+
+    Kept by the database: (account, system) unique; attempts >= 0; only for an account whose deletion has begun.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="deletion_steps"
+    )
+    account_id: UUID
+    system = fields.CharField(max_length=64)
+    epoch = fields.IntField()
+    """The account's when the deletion began."""
+    created_at = UtcDatetimeField()
+    due_at = UtcDatetimeField()
+    """When the next try may begin."""
+    attempts = fields.IntField(default=0)
+    last_error = fields.TextField(null=True)
+    completed_at = UtcDatetimeField(null=True)
+
+    class Meta:
+        table = "deletion_step"
+
+
+class DeletionBreaker(Model):
+    """All deletions stopped, because more than the policy allows fell due within 24 hours, until two persons of the
+    staff or an operator approve.
+
+    Kept by the database: one without approved_at; the second approval is of another person than the first.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    tripped_at = UtcDatetimeField()
+    due = fields.IntField()
+    """How many were due within 24 hours when it tripped."""
+    allowed = fields.IntField()
+    """How many the policy allowed then."""
+    first_approved_at = UtcDatetimeField(null=True)
+    first_approved_by_id = fields.UUIDField(null=True)
+    first_note = fields.TextField(null=True)
+    approved_at = UtcDatetimeField(null=True)
+    approved_by_id = fields.UUIDField(null=True)
+    """None for an operator at the command line."""
+    note = fields.TextField(null=True)
+    approved_count = fields.IntField(null=True)
+    """How many deletions within 24 hours were approved."""
+    approved_until = UtcDatetimeField(null=True)
+
+    class Meta:
+        table = "deletion_breaker"
+
+
+class Tombstone(Model):
+    """What remains of a deleted account beside its bare row and its history: no personal data.
+
+    Kept by the database: one per account; rows are never updated and never deleted.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="tombstones"
+    )
+    account_id: UUID
+    plan_code = fields.CharField(max_length=64)
+    reason = fields.CharEnumField(FeedbackReason, max_length=32, null=True)
+    """Of the newest feedback on the cancellation that took effect."""
+    canceled_at = UtcDatetimeField()
+    deletion_started_at = UtcDatetimeField()
+    deleted_at = UtcDatetimeField()
+    members = fields.IntField()
+    feedback = fields.IntField()
+    offers = fields.IntField()
+    restart_requests = fields.IntField()
+    messages = fields.IntField()
+    idempotency_records = fields.IntField()
+
+    class Meta:
+        table = "tombstone"
+
+
+class ClockOffset(Model):
+    """How far the development clock is ahead of the database's. One row; 0 unless it was moved.
+
+    Kept by the database: id is 1; offset_seconds >= 0 and never goes back.
+    """
+
+    id = fields.IntField(primary_key=True, generated=False)
+    offset_seconds = fields.BigIntField()
+
+    class Meta:
+        table = "clock_offset"
+
+
+class RateLimit(Model):
+    """How much of its allowance somebody has used: the time at which it will be whole again.
+
+    The key is a hash or an id of what is limited, and never a name.
+    """
+
+    key = fields.CharField(max_length=96, primary_key=True)
+    whole_at = UtcDatetimeField()
+
+    class Meta:
+        table = "rate_limit"

@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from app import accounts, db, errors, history, idempotency, lifecycle, outbox
+from app import accounts, db, errors, history, idempotency, lifecycle, limiting, outbox
 from app.accounts import AccountView, OfferView
 from app.auth import Acting, Call, Installation, act_on
 from app.errors import Contact
@@ -83,6 +83,7 @@ async def _answer(
     call: Call, offer_id: UUID | None, action: Action, idempotency_key: str | None
 ) -> tuple[OfferView, AccountView]:
     found = None if offer_id is None else await accounts.load_offer(offer_id)
+    await limiting.spend(call, found.account_id if found else None)
     async with db.transaction():
         acting = await act_on(call, found.account_id if found else None, what="offer")
         assert found is not None

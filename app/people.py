@@ -9,8 +9,8 @@ from tortoise.expressions import Q
 
 from app import outbox
 from app.errors import Contact
-from app.lifecycle import MemberRole, Permission
-from app.messages import Email
+from app.lifecycle import LinkPurpose, MemberRole, Permission
+from app.messages import Email, Link
 from app.models import Member
 
 
@@ -43,6 +43,29 @@ def _recipient(member: Member) -> Recipient:
         issuer=member.issuer,
         subject=member.subject,
         contact=Contact(name=member.name, email=member.email),
+    )
+
+
+def link(
+    purpose: LinkPurpose,
+    recipient: Recipient,
+    account_id: UUID,
+    request_id: UUID,
+    now: datetime,
+    expires_at: datetime,
+    *,
+    generation: int = 0,
+) -> Link:
+    """A link for the recipient's email."""
+    return Link(
+        purpose=purpose,
+        issuer=recipient.issuer,
+        subject=recipient.subject,
+        account_id=account_id,
+        request_id=request_id,
+        generation=generation,
+        issued_at=now,
+        expires_at=expires_at,
     )
 
 

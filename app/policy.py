@@ -64,10 +64,14 @@ class Policy:
     billing_team: Contact
     customer_success: Contact
     security: Contact
+    operators: Contact
     confirmation_lifetime: timedelta
     assistance_response: timedelta
+    assistance_escalation: timedelta
     reminder_days: tuple[int, ...]
     minimum_notice: timedelta
+    breaker_at_least: int
+    breaker_percent: float
     plans: Mapping[str, Plan]
     reasons: tuple[Reason, ...]
     offers: tuple[OfferTemplate, ...]
@@ -79,6 +83,11 @@ class Policy:
     def missing_plans(self, codes: Iterable[str]) -> list[str]:
         """Codes that are in use and not in the policy: a service must not start with any."""
         return sorted(set(codes) - self.plans.keys())
+
+
+def hours(duration: timedelta) -> int:
+    """Whole hours, rounded down: how people are told of durations."""
+    return duration // timedelta(hours=1)
 
 
 def load(file: Path = DEFAULT_FILE) -> Policy:
@@ -123,6 +132,15 @@ class _Table:
         if not low <= value <= high:
             raise self.error(key, f"must be from {low} to {high}, not {value}")
         return value
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def percent(self, key: str) -> float:
+        value = self._values.pop(key, None)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
+            raise self.error(key, f"must be a number from 0 to 100, not {value!r}")
+        return float(value)
 
     def hours(self, key: str, low: int = 1) -> timedelta:
         return timedelta(hours=self.whole(key, low, _MAX_HOURS))
@@ -226,14 +244,24 @@ def _read(root: _Table) -> Policy:
             raise deletion.error("reminder_days", f"{day!r} is no number of days of 1 or more")
         if timedelta(days=day) >= shortest:
             raise deletion.error("reminder_days", f"{day} days is not inside the shortest plan's retention")
+    billing_team = _contact(contacts.table("billing_team"))
+    response = assistance.hours("response_hours")
+    escalation = assistance.hours("escalation_hours") if assistance.has("escalation_hours") else 3 * response
+    if escalation <= response:
+        raise assistance.error("escalation_hours", "must be more than response_hours")
+    # What an earlier version's file lacks has a default; what a file has is checked.
     policy = Policy(
-        billing_team=_contact(contacts.table("billing_team")),
+        billing_team=billing_team,
         customer_success=_contact(contacts.table("customer_success")),
         security=_contact(contacts.table("security")),
+        operators=_contact(contacts.table("operators")) if contacts.has("operators") else billing_team,
         confirmation_lifetime=confirmation.hours("lifetime_hours"),
-        assistance_response=assistance.hours("response_hours"),
+        assistance_response=response,
+        assistance_escalation=escalation,
         reminder_days=tuple(sorted(set(days), reverse=True)),
         minimum_notice=deletion.hours("minimum_notice_hours"),
+        breaker_at_least=deletion.whole("breaker_at_least", 0, 1_000_000) if deletion.has("breaker_at_least") else 10,
+        breaker_percent=deletion.percent("breaker_percent") if deletion.has("breaker_percent") else 1.0,
         plans=by_code,
         reasons=tuple(reasons),
         offers=tuple(offers),

@@ -19,7 +19,7 @@ from uuid import UUID
 
 import orjson
 
-from app import db, errors
+from app import db, deletion, errors
 from app.auth import Installation
 from app.lifecycle import AccountStatus, MemberRole, Permission, Scope, StaffRole
 from app.models import Account, Service, Staff
@@ -122,6 +122,8 @@ def _email(value: str, field: str) -> None:
 def check(item: AccountItem, policy: Policy, member_issuer: str) -> None:
     """Refuse with `InvalidInput` an item that no database would make acceptable. Pure."""
     _text(item.reference, "reference")
+    if item.reference.startswith("deleted:"):
+        raise errors.InvalidInput("`deleted:` begins the references of deleted accounts.", field="reference")
     _text(item.name, "name")
     if item.plan_code not in policy.plans:
         known = ", ".join(sorted(policy.plans))
@@ -155,6 +157,14 @@ def check(item: AccountItem, policy: Policy, member_issuer: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ sync
+
+
+def _gone() -> errors.InvalidInput:
+    return errors.InvalidInput(
+        "The account's deletion has begun or is done; it cannot come back. Set up a new account, under a reference of "
+        "its own.",
+        field="reference",
+    )
 
 
 class _DryRun(Exception):
@@ -248,6 +258,7 @@ class _Batch:
         # Creating comes before locking, by reference and by id: whoever waits for another batch here never holds
         # what that one is waiting for.
         await self._create(wanted, now)
+        await self._refuse_deleted(wanted)
         await self._lock_and_compare(wanted)
         await self._update([{"id": self._ids[reference], **row} for reference, row in wanted.items()])
         await self._replace_members(now)
@@ -285,6 +296,22 @@ class _Batch:
             self._created.add(id_)
             self._ids[row["reference"]] = id_
 
+    async def _refuse_deleted(self, wanted: dict[str, dict[str, Any]]) -> None:
+        """Take back the accounts just created whose reference is that of a deleted one: a host that still lists it
+        must not bring it back by its next sync."""
+        tombstones = {deletion.tombstone_reference(reference): reference for reference in self._ids}
+        rows = await db.fetch(
+            f"SELECT reference FROM account WHERE reference IN (SELECT reference FROM {_rowset(reference='text')})",
+            _json([{"reference": tombstone} for tombstone in tombstones]),
+        )
+        for row in rows:
+            reference = tombstones[row["reference"]]
+            id_ = self._ids.pop(reference)
+            self._created.remove(id_)
+            await db.execute("DELETE FROM account WHERE id = $1", id_)
+            self._refuse(reference, _gone())
+            del wanted[reference]
+
     async def _lock_and_compare(self, wanted: dict[str, dict[str, Any]]) -> None:
         """Lock the accounts that existed; leave in `wanted` those of them whose row is to change."""
         for reference in self._ids:
@@ -300,14 +327,7 @@ class _Batch:
             if AccountStatus(row["status"]) is AccountStatus.CANCELED:
                 self._canceled.add(id_)
             if AccountStatus(row["status"]) in {AccountStatus.DELETING, AccountStatus.DELETED}:
-                self._refuse(
-                    reference,
-                    errors.InvalidInput(
-                        "The account's deletion has begun; it cannot come back. Set up a new account, under a "
-                        "reference of its own.",
-                        field="reference",
-                    ),
-                )
+                self._refuse(reference, _gone())
                 del wanted[reference]
             elif wanted[reference] == {
                 "name": row["name"],
@@ -316,6 +336,11 @@ class _Batch:
                 "csm_id": db.as_uuid(row["csm_id"]),
             }:
                 del wanted[reference]
+
+        for reference in [one for one in wanted if one not in self._ids]:
+            # It was there when this one was to be created, and its erasure was committed while its lock was waited for.
+            self._refuse(reference, _gone())
+            del wanted[reference]
 
     def _refuse(self, reference: str, refusal: errors.InvalidInput) -> None:
         index = next(index for index, item in enumerate(self._items) if item.reference == reference)

@@ -3,18 +3,19 @@
 from typing import Any
 from uuid import UUID
 
-from app import accounts, db, errors, history, idempotency, lifecycle, outbox, people
+from app import accounts, db, errors, history, idempotency, lifecycle, limiting, outbox, people
 from app.accounts import AccountView
 from app.auth import Acting, Call, Installation, act_on
 from app.errors import Contact
 from app.lifecycle import MAX_NOTE_LENGTH, AccountStatus, Action, RequestStatus, TransitionType
 from app.messages import AccountRestarted, RestartRequested
-from app.models import Account, CancellationRequest, RestartRequest
+from app.models import Account, CancellationRequest, DeletionHold, DeletionReminder, RestartRequest
 
 
 async def restart(call: Call, account_id: UUID | None, *, idempotency_key: str | None = None) -> AccountView:
-    """Bring a canceled account back: ACTIVE, without a deletion date, its members as they were. The cancellation,
-    its feedback and its history stay. Refuses with `RestartWindowClosed` when the window has ended."""
+    """Bring a canceled account back: ACTIVE, without a deletion date or a hold, its members as they were. The
+    cancellation, its feedback and its history stay. Refuses with `RestartWindowClosed` when the window has ended."""
+    await limiting.spend(call, account_id)
     async with db.transaction():
         acting = await act_on(call, account_id)
         lifecycle.permit(Action.RESTART_ACCOUNT, acting.actor)
@@ -42,8 +43,11 @@ async def _restart(installation: Installation, acting: Acting) -> dict[str, Any]
         restartable_until=None,
         deletion_scheduled_for=None,
         deletion_held_at=None,
+        reminder_due_at=None,
     )
     assert changed == 1, f"account {account.id} moved under its lock"
+    await DeletionReminder.filter(account_id=account.id).delete()
+    await DeletionHold.filter(account_id=account.id, released_at__isnull=True).update(released_at=now)
     request = await CancellationRequest.get(account_id=account.id, status=RequestStatus.EFFECTIVE)
     await CancellationRequest.filter(id=request.id).update(status=RequestStatus.REVERTED, closed_at=now)
     await history.append(
@@ -76,6 +80,7 @@ async def request_restart(call: Call, *, note: str | None = None) -> AccountView
     Repeating it changes nothing: a cancellation has one restart request. The note has at most 2,000 characters.
     """
     grant = call.identity.grant
+    await limiting.spend(call, grant.account_id if grant else None)
     async with db.transaction():
         acting = await act_on(call, grant.account_id if grant else None)
         lifecycle.check(Action.REQUEST_RESTART, acting.actor, acting.facts, acting.now)

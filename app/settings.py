@@ -182,6 +182,12 @@ def _secret(value: str) -> str:
     return value
 
 
+def _metrics_token(value: str) -> str:
+    if len(value) < 16 or not value.isascii() or not value.isprintable() or " " in value:
+        raise _Unusable("at least 16 printable ASCII characters without spaces")
+    return value
+
+
 # --- Defaults that depend on other settings: each is given those read before it --------------------------------------
 
 _Default = str | Callable[[Mapping[str, Any]], str]
@@ -209,6 +215,10 @@ def _default_mail_from(values: Mapping[str, Any]) -> str:
 
 def _default_starttls(values: Mapping[str, Any]) -> str:
     return "off" if values["smtp_url"] and is_loopback(urlsplit(values["smtp_url"]).hostname or "") else "required"
+
+
+def _default_clock(values: Mapping[str, Any]) -> str:
+    return "development" if values["environment"] == "development" else "system"
 
 
 def _default_log_format(_: Mapping[str, Any]) -> str:
@@ -291,6 +301,16 @@ class Settings:
             default_in_words="`http://HOST:PORT`",
             example="https://cancel.example.com",
             parse=_page_url,
+        )
+    )
+    clock: Literal["system", "development"] = field(
+        metadata=_setting(
+            "`system`: the database's clock. `development`: a clock that `sunset clock advance` moves ahead for the "
+            "whole installation, to play weeks in a minute; the same for all processes. Refused in production.",
+            default=_default_clock,
+            default_in_words="`development` in development, else `system`",
+            example="system",
+            parse=partial(_choice, of=("system", "development")),
         )
     )
     policy_file: Path | None = field(
@@ -442,6 +462,61 @@ class Settings:
             default="4",
             example="16",
             parse=partial(_integer, least=1, most=64),
+        )
+    )
+    request_timeout: int = field(
+        metadata=_setting(
+            "Seconds after which a request that waits for the database is answered with 503.",
+            default="10",
+            example="5",
+            parse=partial(_integer, least=1, most=300),
+        )
+    )
+    rate_limit_caller: int = field(
+        metadata=_setting(
+            "How many of the mutations that change a cancellation one caller may send in a minute; 0: no limit. All "
+            "processes count together.",
+            default="60",
+            example="30",
+            parse=partial(_integer, least=0, most=100_000),
+        )
+    )
+    rate_limit_account: int = field(
+        metadata=_setting(
+            "How many of them may be sent about one account in a minute, by all its members and staff together; 0: no "
+            "limit.",
+            default="120",
+            example="60",
+            parse=partial(_integer, least=0, most=100_000),
+        )
+    )
+    metrics_token: str = field(
+        metadata=_setting(
+            "The bearer token that Prometheus sends for `/metrics` and `/readyz?deep`. Without one, they answer in "
+            "development alone.",
+            default="",
+            default_in_words="none",
+            example="the output of `openssl rand -hex 24`",
+            parse=_metrics_token,
+            secret=True,
+        )
+    )
+    worker_port: int = field(
+        metadata=_setting(
+            "The port on which `sunset worker` serves `/metrics`, `/livez` and `/readyz`, at SUNSET_HOST; 0: it serves "
+            "none.",
+            default="0",
+            example="9100",
+            parse=partial(_integer, least=0, most=65535),
+        )
+    )
+    otlp_endpoint: str = field(
+        metadata=_setting(
+            "Where traces are sent, as OTLP over HTTP; Sunset adds `/v1/traces`.",
+            default="",
+            default_in_words="none: nothing is traced",
+            example="http://localhost:4318",
+            parse=_page_url,
         )
     )
     grace_seconds: int = field(
@@ -636,6 +711,8 @@ def _disagreements(values: Mapping[str, Any], sources: Mapping[str, str], unusab
         missing("smtp_url", "in production: set it to your mail server, since the emails carry the confirmation links")
         if in_clear("link_url"):
             problems.append("SUNSET_LINK_URL must begin with https:// in production (http:// is for localhost alone).")
+        if values["clock"] == "development":
+            problems.append("SUNSET_CLOCK must be system in production: a clock that is moved ahead deletes too early.")
         problems += [
             f"{_variable(name)} must be false in production: {why}."
             for name, why in (

@@ -21,6 +21,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -35,6 +36,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, SECP384R1, E
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
+from app import db
 from app.errors import Unauthenticated, Unavailable
 from app.lifecycle import LinkPurpose
 from app.messages import LinkGrant
@@ -75,6 +77,35 @@ class Identity:
     """None for a token that says who alone. Otherwise the bearer may do what the grant names and nothing else."""
 
 
+class DatabaseClock:
+    """Seconds since 1970 by the database's clock: measured once a minute, carried on by one that nobody sets.
+
+    A process whose own clock is wrong would refuse everybody, or honor what has expired. Until the first measurement
+    it is the process's."""
+
+    _SECONDS = 60.0
+
+    def __init__(self) -> None:
+        self._base = time.time()
+        self._measured = self._due = _elapsed()
+
+    def __call__(self) -> float:
+        return self._base + _elapsed() - self._measured
+
+    async def follow(self) -> None:
+        """Measure again, when the last time is a minute ago. While the database is away, it goes on as it was."""
+        if _elapsed() < self._due:
+            return
+        self._due = _elapsed() + self._SECONDS
+        with suppress(Unavailable):
+            self._base, self._measured = (await db.database_now()).timestamp(), _elapsed()
+
+
+def _elapsed() -> float:
+    """Counts on while the machine sleeps, where the system knows such a clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
 class Tokens:
     """Verifies every kind of token and makes Sunset's own. One per process."""
 
@@ -95,11 +126,12 @@ class Tokens:
         self._verified: OrderedDict[bytes, tuple[float, Identity]] = OrderedDict()
 
     @classmethod
-    def from_settings(cls, settings: Settings, *, clock: Callable[[], float] = time.time) -> "Tokens":
-        """The issuers that the settings allow. `clock` answers seconds since 1970.
+    def from_settings(cls, settings: Settings, *, clock: Callable[[], float] | None = None) -> "Tokens":
+        """The issuers that the settings allow. `clock` answers seconds since 1970; left out: a `DatabaseClock`.
 
         Raises SettingsError for a development issuer in production, even if the settings should have let it through.
         """
+        clock = clock or DatabaseClock()
         if settings.development_issuer and settings.environment == "production":
             raise SettingsError(["SUNSET_DEVELOPMENT_ISSUER must be false in production."])
         link = Ed25519PrivateKey.from_private_bytes(settings.derive_key("link tokens"))
@@ -121,6 +153,11 @@ class Tokens:
             clock=clock,
         )
 
+    async def follow(self) -> None:
+        """Set the clock by the bound database's, now and then. To be called before `verify`."""
+        if isinstance(self._clock, DatabaseClock):
+            await self._clock.follow()
+
     async def close(self) -> None:
         """Stops what is being fetched and closes its connections."""
         for issuer in self._issuers.values():
@@ -129,8 +166,9 @@ class Tokens:
     async def verify(self, raw: str) -> Identity:
         """Whom the bearer token `raw` speaks for.
 
-        Promises that an active issuer signed it for this service and that it is valid now. Raises Unauthenticated with
-        a message that tells the reason and never the token; Unavailable when the provider's keys were never got.
+        Promises that an active issuer signed it for this service and that it is valid now; a link's `expires_at` is
+        left to who reads the account, by whose clock it was set. Raises Unauthenticated with a message that tells the
+        reason and never the token; Unavailable when the provider's keys were never got.
         A token that was verified is remembered until it expires (at most ten minutes); a refusal is never remembered.
         """
         if len(raw) > _MAX_TOKEN_LENGTH or not raw.isascii():
@@ -160,12 +198,13 @@ class Tokens:
         if issuer is None:
             raise Unauthenticated("The token's issuer is not trusted here.")
         claims = await issuer.verified_claims(raw, header)
-        expires_at = _checked_times(claims, now=self._clock(), max_lifetime=issuer.max_lifetime)
         subject = _name(claims, "sub")
-        if name != LINK_ISSUER:
-            return Identity(issuer=name, subject=subject, expires_at=expires_at, grant=None)
-        grant = _grant(claims, subject)
-        return Identity(issuer=grant.issuer, subject=subject, expires_at=expires_at, grant=grant)
+        if name == LINK_ISSUER:
+            grant = _grant(claims, subject)
+            expires_at = datetime.fromtimestamp(_time(claims, "exp"), UTC)
+            return Identity(issuer=grant.issuer, subject=subject, expires_at=expires_at, grant=grant)
+        expires_at = _checked_times(claims, now=self._clock(), max_lifetime=issuer.max_lifetime)
+        return Identity(issuer=name, subject=subject, expires_at=expires_at, grant=None)
 
     def mint(self, subject: str, lifetime: timedelta) -> str:
         """A development token for `subject`. SettingsError where there is no development issuer."""

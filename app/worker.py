@@ -1,10 +1,11 @@
 """The worker: delivers what is promised and runs what is due, until it is told to stop.
 
-1. Sleep until a transaction wakes the outbox's channel, the next message is due, or a few seconds have passed.
-2. Run what is due by the database's clock (`cancellation.run_due`).
-3. Claim as many messages as there are free places, and deliver them at the same time, each with its own deadline.
-4. Settle each: delivered, another try later, or a dead letter.
-5. When told to stop: claim nothing more, let what is on its way end within the grace period, then return.
+1. Sleep until a transaction wakes the outbox's channel, something is due, or a few seconds have passed.
+2. Claim as many messages as there are free places, and deliver them at the same time, each with its own deadline.
+3. Settle each: delivered, another try later, or a dead letter.
+4. Beside it, so that neither waits for the other: carry out what is due by the clock (`app.timers`), and once an hour
+   throw away what has been kept long enough.
+5. When told to stop: begin nothing more, let what is on its way end within the grace period, then return.
 
 Any number of workers may run, in the API's process or in their own. A worker that is killed loses nothing: its
 claims lapse, and the copies that a receiver may then see share their Message-ID.
@@ -12,22 +13,27 @@ claims lapse, and the copies that a receiver may then see share their Message-ID
 
 import asyncio
 import contextlib
+import time
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import structlog
 
-from app import cancellation, db, outbox
+from app import db, idempotency, limiting, metrics, outbox, tracing
 from app.auth import Installation
 from app.delivery.email import DeliveryError, Mailer, Recipient, compose, render
 from app.errors import Unavailable
 from app.lifecycle import LinkPurpose
 from app.messages import Link
 from app.outbox import Claimed
+from app.timers import Timers
 
 _log = structlog.stdlib.get_logger(__name__)
 
 POLL_SECONDS = 5.0
 """The longest sleep: what is due by the clock alone is at most this late, and a lost wake-up costs no more."""
+
+_HOUSEKEEPING_SECONDS = 3600.0
 
 _PATHS = {LinkPurpose.CONFIRM: "confirm", LinkPurpose.FEEDBACK: "feedback", LinkPurpose.RESTART: "restart"}
 
@@ -52,7 +58,9 @@ class Worker:
         self._concurrency = concurrency
         self._grace = grace
         self._stopping = asyncio.Event()
+        self._house_kept_until = 0.0
         self._deliveries: set[asyncio.Task[None]] = set()
+        self._timers = Timers(installation, forget=mailer.forget, done=metrics.timer_done)
 
     def stop(self) -> None:
         """Ask `run` to return as soon as what it is doing is done. Safe to call from a signal handler."""
@@ -60,41 +68,64 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop`, once. A database that is away is waited for."""
-        while not self._stopping.is_set():
-            try:
-                async with db.listen(outbox.CHANNEL) as wakeups:
-                    while not self._stopping.is_set():
-                        busy = await self.work()
-                        if not busy:
-                            await self._sleep(wakeups)
-            except Unavailable:
-                _log.warning("worker.database_unavailable", retry_in_seconds=POLL_SECONDS)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), POLL_SECONDS)
-            except Exception:
-                _log.exception("worker.failed", retry_in_seconds=POLL_SECONDS)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), POLL_SECONDS)
+        beside = asyncio.create_task(self._persist(self._keep_time))
+        await self._persist(self._keep_delivering)
         await self._finish()
+        await beside
         await self._mailer.close()
 
-    async def work(self) -> bool:
-        """One round. True when there may be more to do at once."""
-        moved = await cancellation.run_due(self._installation)
+    async def _persist(self, work: Callable[[], Awaitable[None]]) -> None:
+        while not self._stopping.is_set():
+            try:
+                await work()
+            except Unavailable:
+                _log.warning("worker.database_unavailable", retry_in_seconds=POLL_SECONDS)
+                await self._rest(POLL_SECONDS)
+            except Exception:
+                _log.exception("worker.failed", retry_in_seconds=POLL_SECONDS)
+                await self._rest(POLL_SECONDS)
+
+    async def _rest(self, seconds: float) -> None:
+        """Unless told to stop."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+
+    async def _keep_delivering(self) -> None:
+        async with db.listen(outbox.CHANNEL) as wakeups:
+            while not self._stopping.is_set():
+                if not await self._claim():
+                    await self._sleep(wakeups)
+
+    async def _keep_time(self) -> None:
+        while not self._stopping.is_set():
+            if not await self._timers.run():
+                await self._keep_house()
+                due_in = await self._timers.next_due()
+                await self._rest(POLL_SECONDS if due_in is None else min(due_in.total_seconds(), POLL_SECONDS))
+
+    async def _keep_house(self) -> None:
+        """Once an hour; at once again while there is more than one portion of anything."""
+        if time.monotonic() < self._house_kept_until:
+            return
+        if not await outbox.forget() + await idempotency.forget() + await limiting.forget():
+            self._house_kept_until = time.monotonic() + _HOUSEKEEPING_SECONDS
+
+    async def _claim(self) -> bool:
+        """Begin to deliver what is due, as far as there is room. True when there may be more to do at once."""
         places = self._concurrency - len(self._deliveries)
         claimed = await outbox.claim(places) if places > 0 else []
         for message in claimed:
             task = asyncio.create_task(self._deliver(message))
             self._deliveries.add(task)
             task.add_done_callback(self._deliveries.discard)
-        return bool(moved or (claimed and self._has_room()))
+        return bool(claimed and self._has_room())
 
     def _has_room(self) -> bool:
         return len(self._deliveries) < self._concurrency
 
     async def drain(self) -> None:
-        """Deliver until nothing is due. For commands and tests; a service calls `run`."""
-        while await self.work() or self._deliveries:
+        """Carry out what is due and deliver, until nothing is due. For commands and tests; a service calls `run`."""
+        while await self._timers.run() + await self._claim() or self._deliveries:
             if self._deliveries:
                 await asyncio.wait(self._deliveries)
 
@@ -123,13 +154,20 @@ class Worker:
             outbox_id=str(message.id), account_id=str(message.account_id), template=message.template
         ):
             try:
-                await self._try(message)
+                with tracing.delivery(
+                    message.template,
+                    message_id=message.message_id,
+                    attempt=message.attempt,
+                    parent=message.traceparent,
+                ):
+                    await self._try(message)
             except Unavailable:
                 _log.warning("worker.not_settled", reason="the database is away; the lease will lapse")
             except Exception:
                 _log.exception("worker.delivery_failed")
 
     async def _try(self, message: Claimed) -> None:
+        began = time.perf_counter()
         recipient = Recipient(name=message.recipient_name, address=message.recipient_address)
         try:
             rendered = render(message.email(), recipient, sign=self._sign)
@@ -139,14 +177,24 @@ class Worker:
             await outbox.release(message)
             raise
         except DeliveryError as error:
+            tracing.failed(type(error).__name__)
+            seconds = time.perf_counter() - began
             kept = await outbox.failed(message, str(error), permanent=error.permanent)
+            _count_failure(message, seconds, permanent=error.permanent, kept=kept)
             _log.warning("email.failed", attempt=message.attempt, permanent=error.permanent, lease_kept=kept)
         except Exception as error:
             # A fault of ours must not lose the message: a corrected version delivers it.
             _log.exception("email.not_sendable", attempt=message.attempt)
-            await outbox.failed(message, f"{type(error).__name__} in this version; see the log", permanent=False)
+            tracing.failed(type(error).__name__)
+            seconds = time.perf_counter() - began
+            reason = f"{type(error).__name__} in this version; see the log"
+            kept = await outbox.failed(message, reason, permanent=False)
+            _count_failure(message, seconds, permanent=False, kept=kept)
         else:
+            seconds = time.perf_counter() - began
             kept = await outbox.delivered(message)
+            if kept:
+                metrics.delivery(message.template, "delivered", seconds)
             _log.info("email.delivered", attempt=message.attempt, lease_kept=kept)
 
     def _sign(self, link: Link) -> str:
@@ -160,6 +208,14 @@ class Worker:
         for task in self._deliveries:
             task.cancel()
         await asyncio.gather(*self._deliveries, return_exceptions=True)
+
+
+def _count_failure(message: Claimed, seconds: float, *, permanent: bool, kept: bool) -> None:
+    """What another worker has claimed meanwhile counts there."""
+    if kept:
+        metrics.delivery(
+            message.template, "dead" if outbox.is_last(message, permanent=permanent) else "failed", seconds
+        )
 
 
 def link_url(base: str, purpose: LinkPurpose, token: str) -> str:

@@ -28,12 +28,13 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
+import bench_timers
 import httpx2
 import orjson
 import uvloop
 from bench_bare import Replay, Slot, Statement, serve
 
-from app import db, logs, main, provisioning
+from app import db, limiting, logs, main, provisioning
 from app.auth import Installation
 from app.db import Database
 from app.db.migrate import migrate
@@ -232,6 +233,11 @@ def _texts(id_: UUID) -> tuple[str, str]:
     return str(id_), id_.hex
 
 
+def _names(customer: Customer) -> tuple[str, ...]:
+    """How statements name the account and its member."""
+    return customer.subject, limiting.caller_key(DEVELOPMENT_ISSUER, customer.subject), *_texts(customer.id)
+
+
 def _new_ids(queries: Sequence[Any], known: UUID) -> list[UUID]:
     """The ids in the statements other than `known`: of rows that the request made, or that only it is about."""
     rows = [row for query in queries for row in (query.args if isinstance(query.args, list) else [query.args])]
@@ -290,15 +296,14 @@ class Recordings:
                     await send("confirm", CONFIRM, token, input=_confirmation(asked, customer))
         self._customer = second
         self._ids = _new_ids(queries["cancel"] + queries["confirm"], second.id)
-        varying = frozenset({second.subject, *_texts(second.id), *(text for id_ in self._ids for text in _texts(id_))})
+        varying = frozenset({*_names(second), *(text for id_ in self._ids for text in _texts(id_))})
         self._of = {name: Recording.of(sent, varying) for name, sent in queries.items()}
 
     def _request(self, name: str, changes: dict[str, str]) -> bytes:
         return _post(f"/{name}", self._of[name].values(changes))
 
     def _changes(self, customer: Customer) -> dict[str, str]:
-        old = self._customer
-        return dict(zip((old.subject, *_texts(old.id)), (customer.subject, *_texts(customer.id)), strict=True))
+        return dict(zip(_names(self._customer), _names(customer), strict=True))
 
     def accounts(self) -> Exchange:
         return _once(self._request("accounts", {}))
@@ -585,22 +590,32 @@ async def bench(environ: dict[str, str], *, quick: bool, connections: int) -> No
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="a short run, whose figures are rough")
+    parser.add_argument("--only", choices=["requests", "timers"], help="one of the two parts")
+    parser.add_argument(
+        "--accounts", type=int, default=1_000_000, help="canceled ones for the timers, default %(default)s"
+    )
     parser.add_argument("--connections", type=int, default=16, help="of the client, default %(default)s")
     options = parser.parse_args()
     server = PostgresServer()
     try:
         with tempfile.TemporaryDirectory(prefix="sunset-bench-") as directory:
-            name = asyncio.run(server.create_empty_database())
             environ = {name: value for name, value in os.environ.items() if not name.startswith("SUNSET_")}
             environ |= {
-                "SUNSET_DATABASE_URL": server.url(name),
                 "SUNSET_DATA_DIR": directory,
                 "SUNSET_WORKER": "false",
                 "SUNSET_DEMO": "false",
                 "SUNSET_LOG_FORMAT": "json",
                 "SUNSET_LOG_LEVEL": "info",
+                # Counted, as in production, and never reached.
+                "SUNSET_RATE_LIMIT_CALLER": "100000",
+                "SUNSET_RATE_LIMIT_ACCOUNT": "100000",
             }
-            uvloop.run(bench(environ, quick=options.quick, connections=options.connections))
+            if options.only != "timers":
+                environ["SUNSET_DATABASE_URL"] = server.url(asyncio.run(server.create_empty_database()))
+                uvloop.run(bench(environ, quick=options.quick, connections=options.connections))
+            if options.only != "requests":
+                many = options.accounts // (20 if options.quick else 1)
+                uvloop.run(bench_timers.bench(server, environ, many=many, due=50 if options.quick else 200))
     finally:
         server.close()
 

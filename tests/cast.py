@@ -20,11 +20,14 @@ from app.db import Database
 from app.delivery.email import FolderMailer
 from app.graphql import nodes
 from app.settings import Settings
+from app.timers import Timers
 from app.worker import Worker
 
 ALICE, CAROL, BOB = "alice@acme.example", "carol@acme.example", "bob@acme.example"
 GINA = "gina@globex.example"
 CSM, BILLING, SUPPORT = "csm@vendor.example", "billing@vendor.example", "support@vendor.example"
+FINANCE = "finance@vendor.example"
+"""Of the billing team too."""
 HOST, GATEKEEPER = "host", "gatekeeper"
 
 
@@ -121,6 +124,9 @@ class Stage:
             grace=timedelta(seconds=5),
         )
 
+    def timers(self) -> Timers:
+        return Timers(self.installation, forget=FolderMailer(self.mail).forget)
+
     async def letters(self) -> list[EmailMessage]:
         """Every email so far, after delivering what is due, oldest first."""
         await self.worker().drain()
@@ -137,6 +143,8 @@ def settings(directory: Path, database_url: str, **environ: str) -> Settings:
             "SUNSET_WORKER": "false",
             "SUNSET_DEMO": "false",
             "SUNSET_DATABASE_POOL_SIZE": "8",
+            "SUNSET_RATE_LIMIT_CALLER": "0",
+            "SUNSET_RATE_LIMIT_ACCOUNT": "0",
             **environ,
         }
     )

@@ -44,7 +44,7 @@ async def sqlite_database(sqlite_template: Path, tmp_path: Path) -> AsyncIterato
     """A migrated database in a file, bound to the test."""
     path = tmp_path / "sunset.db"
     shutil.copy(sqlite_template, path)
-    database = await Database.open(f"sqlite://{path}")
+    database = await Database.open(f"sqlite://{path}", development_clock=True)
     try:
         with database.bind():
             yield database
@@ -57,7 +57,7 @@ async def postgres_database(postgres_server: PostgresServer) -> AsyncIterator[Da
     """A migrated database on the test server, bound to the test."""
     name = await postgres_server.create_database()
     try:
-        database = await Database.open(postgres_server.url(name))
+        database = await Database.open(postgres_server.url(name), development_clock=True)
         try:
             with database.bind():
                 yield database

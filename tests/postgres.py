@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -29,6 +30,7 @@ _CLEAN_UP = """
 cat
 if pid=$(head -n 1 "$0/data/postmaster.pid" 2>/dev/null); then
     kill -QUIT "$pid" 2>/dev/null
+    kill -CONT "$pid" 2>/dev/null
     while kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
 fi
 rm -rf "$0"
@@ -124,6 +126,19 @@ class PostgresServer:
         )
         return ready.returncode == 0
 
+    def pause(self) -> None:
+        """Let the server stand still, all of its processes: connections stay open, and nothing answers any more."""
+        assert self._process is not None
+        _stop(self._process.pid)  # first, so that it starts no more of them
+        for child in _children(self._process.pid):
+            _stop(child)
+
+    def resume(self) -> None:
+        """Let it go on where it was."""
+        assert self._process is not None
+        for process in (*_children(self._process.pid), self._process.pid):
+            os.kill(process, signal.SIGCONT)
+
     def stop(self, mode: str = "immediate") -> None:
         """Stop the server: `immediate` like a crash, `fast` with rollback and good-bye."""
         if self._process is not None:
@@ -176,6 +191,29 @@ class PostgresServer:
             await connection.execute(statement)
         finally:
             await connection.close()
+
+
+def _children(pid: int) -> list[int]:
+    """Each has a process group of its own, so that a signal to the parent's does not reach them."""
+    children = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if _stat(process.name)[1] == str(pid):
+                children.append(int(process.name))
+    return children
+
+
+def _stop(pid: int) -> None:
+    """And wait until it stands: the signal is only sent."""
+    with suppress(OSError):
+        os.kill(pid, signal.SIGSTOP)
+        while _stat(pid)[0] not in {"T", "Z"}:
+            time.sleep(0.001)
+
+
+def _stat(pid: int | str) -> list[str]:
+    """The state of a process, its parent, and more."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _binaries() -> Path:

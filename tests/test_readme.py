@@ -196,6 +196,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
 def _shape(text: str) -> str:
     """What stays the same from one run to the next."""
     text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", "TIME", text)
     text = re.sub(r"\b[A-Z][a-z]+ \d{1,2}, \d{4},\s\d\d:\d\d\s+UTC", "MOMENT", text)
     text = re.sub(r"\b[A-Z][A-Za-z0-9_-]{22}(?=\")", "ID", text)
     text = re.sub(r"(?<=\"confirmationToken\":\")[^\"]+", "TOKEN", text)

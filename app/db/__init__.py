@@ -12,10 +12,11 @@ values in raw rows (`as_uuid`, `as_datetime`; SQLite's truths are 0 and 1; JSON 
 Nothing here creates tables (`app.db.migrate` does) or knows the domain: models are named, never imported.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal, Self
 from urllib.parse import unquote, urlsplit
 
@@ -24,8 +25,9 @@ from tortoise.context import _current_context as _tortoise_context
 from tortoise.exceptions import IntegrityError
 
 from app.db.listen import Wakeups
-from app.db.transaction import TransactionBlock, detached, refuse_inside_transaction
+from app.db.transaction import TransactionBlock, detached, on_commit, refuse_inside_transaction
 from app.db.values import UtcDatetimeField, as_datetime, as_uuid, uuid7
+from app.errors import Unavailable
 
 __all__ = [
     "Database",
@@ -33,10 +35,16 @@ __all__ = [
     "IntegrityError",
     "UtcDatetimeField",
     "Wakeups",
+    "advance_clock",
     "as_datetime",
     "as_uuid",
     "bound",
+    "clock_offset",
+    "database_now",
+    "database_now_sql",
+    "deadline",
     "dialect",
+    "exclusively",
     "execute",
     "fetch",
     "fetch_one",
@@ -45,6 +53,8 @@ __all__ = [
     "notify",
     "now",
     "now_sql",
+    "on_commit",
+    "scrub",
     "transaction",
     "uuid7",
 ]
@@ -60,20 +70,30 @@ class Database:
 
     _open_dialects: ClassVar[list[Dialect]] = []
 
-    def __init__(self, url: str, dialect: Dialect, context: TortoiseContext, client: Any) -> None:
+    def __init__(
+        self, url: str, dialect: Dialect, context: TortoiseContext, client: Any, *, development_clock: bool
+    ) -> None:
         self.url = url
         self.dialect = dialect
+        self.development_clock = development_clock
         self._context = context
         self._client = client
 
     @classmethod
     async def open(
-        cls, url: str, *, pool_size: int = 10, statement_seconds: float = 15.0, lock_seconds: float = 5.0
+        cls,
+        url: str,
+        *,
+        pool_size: int = 10,
+        statement_seconds: float = 15.0,
+        lock_seconds: float = 5.0,
+        development_clock: bool = False,
     ) -> Self:
         """Connect to `sqlite:///absolute/path` or `postgres://...`. Creates no table.
 
-        `statement_seconds` and `lock_seconds` bound each statement on PostgreSQL. Refuses with ValueError a URL of
-        another kind, with `Unavailable` a database that cannot be reached.
+        `statement_seconds` and `lock_seconds` bound each statement on PostgreSQL. `development_clock`: the time is the
+        database's and what `advance_clock` has added to it. Refuses with ValueError a URL of another kind, with
+        `Unavailable` a database that cannot be reached.
         """
         scheme = urlsplit(url).scheme
         dialect: Dialect
@@ -119,7 +139,7 @@ class Database:
             await client.close()
             raise
         cls._open_dialects.append(dialect)
-        return cls(url, dialect, context, client)
+        return cls(url, dialect, context, client, development_clock=development_clock)
 
     async def close(self) -> None:
         """Close the connections. What still runs on one ends with `Unavailable`."""
@@ -156,6 +176,22 @@ def dialect() -> Dialect:
     return _bound.get().dialect
 
 
+@asynccontextmanager
+async def deadline(longest: timedelta) -> AsyncIterator[None]:
+    """`async with`: what takes longer than `longest` is canceled and ends with `Unavailable`, without waiting for the
+    connection that it used to be cleaned. A commit that was on its way may still be carried out."""
+    try:
+        async with asyncio.timeout(longest.total_seconds()) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise Unavailable(
+            "The database did not answer in time. What was asked for may have been done or not: to be sure, send it "
+            "again, a mutation with the same idempotency key."
+        ) from None
+
+
 def transaction() -> AbstractAsyncContextManager[Any]:
     """`async with` one transaction: committed when the block ends, rolled back when it raises or is canceled.
 
@@ -185,16 +221,70 @@ async def execute(sql: str, *args: Any) -> int:
 
 
 async def now() -> datetime:
-    """The time by the database's clock, in UTC, cut to milliseconds. It moves on within a transaction."""
-    moment: datetime = await _bound.get()._client.now()
-    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+    """The time of the installation, in UTC, cut to milliseconds. It moves on within a transaction.
+
+    It is the database's clock; with the development clock, ahead of it by what `advance_clock` has added."""
+    return await _moment(now_sql())
 
 
 def now_sql() -> str:
     """What `now` asks, as an SQL expression, for statements that ask something else too."""
+    if not _bound.get().development_clock:
+        return database_now_sql()
+    if dialect() == "postgresql":
+        return (
+            "date_trunc('milliseconds', clock_timestamp() "
+            "+ (SELECT offset_seconds FROM clock_offset) * interval '1 second')"
+        )
+    return (
+        "strftime('%Y-%m-%d %H:%M:%f', 'now', (SELECT offset_seconds || ' seconds' FROM clock_offset)) || '000+00:00'"
+    )
+
+
+async def database_now() -> datetime:
+    """The time by the database's own clock, whatever was added to it."""
+    return await _moment(database_now_sql())
+
+
+def database_now_sql() -> str:
     if dialect() == "postgresql":
         return "date_trunc('milliseconds', clock_timestamp())"
     return "strftime('%Y-%m-%d %H:%M:%f', 'now') || '000+00:00'"
+
+
+async def _moment(expression: str) -> datetime:
+    row = await fetch_one(f"SELECT {expression} AS now")
+    assert row is not None
+    moment: datetime = as_datetime(row["now"])
+    return moment
+
+
+async def clock_offset() -> timedelta:
+    """How far the development clock of this database was moved ahead; nothing, unless somebody did."""
+    row = await fetch_one("SELECT offset_seconds FROM clock_offset")
+    return timedelta(seconds=row["offset_seconds"] if row else 0)
+
+
+async def advance_clock(by: timedelta) -> datetime:
+    """Move the development clock ahead, for every process of the installation, and answer the time. It never goes
+    back. RuntimeError where the clock is the database's own."""
+    if not _bound.get().development_clock:
+        raise RuntimeError("The clock of this installation is the database's own and is not moved.")
+    await execute("UPDATE clock_offset SET offset_seconds = offset_seconds + $1", int(by.total_seconds()))
+    return await now()
+
+
+async def scrub() -> None:
+    """What was deleted and committed is not to be found in the database's files either, as far as the engine has that
+    in hand: SQLite's log keeps old pages until they are written over. PostgreSQL's files are its server's matter."""
+    if dialect() == "sqlite":
+        await _bound.get()._client.scrub()
+
+
+async def exclusively(name: str) -> None:
+    """Wait until no other transaction holds `name`, and hold it until this one ends. SQLite has one at a time."""
+    if dialect() == "postgresql":
+        await fetch("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
 
 
 def for_update(*, skip_locked: bool = False) -> str:

@@ -16,7 +16,7 @@ Tortoise finds its parts by the module's name, which must contain `asyncpg`. Aga
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any
 
@@ -259,15 +259,13 @@ class PostgresClient(AsyncpgDBClient):
                     await lost.wait()
                     wakeups.wake()
                 finally:
-                    await connection.close(timeout=_CLEAN_SECONDS)
+                    with suppress(Exception):  # a server that does not answer must not hide that the task was canceled
+                        await connection.close(timeout=_CLEAN_SECONDS)
             except Exception as error:
                 # Whatever it was, the listener's own time-out finds the work meanwhile.
                 _log.warning("Listening to the database failed (%s); trying again.", type(error).__name__)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _RECONNECT_SECONDS_AT_MOST)
-
-    async def now(self) -> Any:
-        return (await self.fetch("SELECT clock_timestamp() AS now", ()))[0]["now"]
 
 
 def _argument(value: Any) -> Any:

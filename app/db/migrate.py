@@ -57,18 +57,33 @@ async def pending(database: Database) -> list[str]:
         return await _pending()
 
 
+async def unknown(database: Database) -> list[str]:
+    """The names of the migrations that the database has and this version has not, oldest first: a newer version has
+    been here."""
+    with database.bind():
+        applied, known = await _applied(), _known()
+    return sorted(applied - known)
+
+
 async def _pending() -> list[str]:
+    return sorted(_known() - await _applied())
+
+
+def _known() -> set[str]:
+    loader = _executor().loader
+    loader.load_disk()
+    return {key.name for key in loader.disk_migrations}
+
+
+async def _applied() -> set[str]:
     # Tortoise's own reader takes every error for an empty record; this one asks for the table and lets errors out.
     if db.dialect() == "sqlite":
         recorded = "SELECT 1 AS found FROM sqlite_master WHERE type = 'table' AND name = 'tortoise_migrations'"
     else:
         recorded = "SELECT 1 AS found WHERE to_regclass('tortoise_migrations') IS NOT NULL"
-    applied = set()
-    if await db.fetch(recorded):
-        applied = {row["name"] for row in await db.fetch("SELECT name FROM tortoise_migrations")}
-    loader = _executor().loader
-    loader.load_disk()
-    return sorted(key.name for key in loader.disk_migrations if key.name not in applied)
+    if not await db.fetch(recorded):
+        return set()
+    return {row["name"] for row in await db.fetch("SELECT name FROM tortoise_migrations")}
 
 
 def _executor() -> MigrationExecutor:

@@ -83,11 +83,14 @@ class Pool(Generic[C]):
         self._slots.release()
 
     async def recover(self, connection: C) -> None:
-        """Give back a connection on which something failed or was canceled; its slot is free once it is clean."""
+        """Give back a connection on which something failed or was canceled; its slot is free once it is clean. Who was
+        canceled does not wait for that: a server that no longer answers must not keep them."""
         task = asyncio.create_task(self._recover(connection))
         self._recovering.add(task)
         task.add_done_callback(self._recovering.discard)
-        await asyncio.shield(task)
+        user = asyncio.current_task()
+        if user is None or not user.cancelling():
+            await asyncio.shield(task)
 
     async def _recover(self, connection: C) -> None:
         usable = False

@@ -12,6 +12,8 @@ Tortoise finds its parts by the module's name, which must contain `sqlite`. Agai
 * The driver's threads are daemons: a process that forgets to close still ends.
 * Times are stored in UTC with a fixed width; naive ones are refused by the driver itself, hence in any SQL.
 * `synchronous` stays FULL: what was acknowledged survives a power cut.
+* What is deleted is overwritten in the file (`secure_delete`, in which builds of SQLite differ), and `scrub` empties
+  the write-ahead log, which keeps pages as they were.
 """
 
 import asyncio
@@ -34,7 +36,7 @@ from tortoise.exceptions import IntegrityError, OperationalError
 from app.db.listen import Wakeups
 from app.db.pool import Pool
 from app.db.transaction import Lease, block, current
-from app.db.values import as_datetime, sqlite_text
+from app.db.values import sqlite_text
 from app.errors import Unavailable
 
 _BUSY_SECONDS = 15.0
@@ -129,6 +131,7 @@ def _connect(file_path: str) -> sqlite3.Connection:
                 time.sleep(0.02)
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute("PRAGMA journal_size_limit=67108864")
+        connection.execute("PRAGMA secure_delete=ON")
     except BaseException:
         connection.close()
         raise
@@ -277,6 +280,11 @@ class SqliteClient(TortoiseSqliteClient):
             changed: int = await connection.count(_placeholders(sql), args)
             return changed
 
+    async def scrub(self) -> None:
+        """Write the log back and empty it. Left for another time while a reader still needs it."""
+        async with Lease(self) as connection:
+            await connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+
     async def notify(self, channel: str) -> None:
         transaction = current(self)
         if transaction is None:
@@ -293,10 +301,6 @@ class SqliteClient(TortoiseSqliteClient):
             yield wakeups
         finally:
             self._listeners[channel].discard(wakeups)
-
-    async def now(self) -> datetime:
-        row = (await self.fetch("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now') || '+00:00' AS now", ()))[0]
-        return as_datetime(str(row["now"]))
 
 
 def _raise_translated(error: BaseException) -> None:

@@ -15,12 +15,14 @@ This module knows no engine; the two backends are its clients.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 from tortoise.backends.base.client import TransactionContext
+
+from app import tracing
 
 
 class Backend(Protocol):
@@ -49,15 +51,17 @@ class Backend(Protocol):
 
 
 class OpenTransaction:
-    """A transaction after BEGIN. `channels` are woken when it is over (engines that notify in process)."""
+    """A transaction after BEGIN. `channels` are woken when it is over (engines that notify in process); `committed`
+    is called when it was committed."""
 
-    __slots__ = ("backend", "channels", "connection", "savepoints", "task")
+    __slots__ = ("backend", "channels", "committed", "connection", "savepoints", "task")
 
     def __init__(self, backend: Backend, connection: Any) -> None:
         self.backend = backend
         self.connection = connection
         self.task = asyncio.current_task()
         self.channels: set[str] = set()
+        self.committed: list[Callable[[], None]] = []
         self.savepoints = 0
 
 
@@ -83,6 +87,15 @@ def refuse_inside_transaction(what: str) -> None:
         raise RuntimeError(f"{what} inside a database transaction is refused.")
 
 
+def on_commit(callback: Callable[[], None]) -> None:
+    """Call it when the task's transaction was committed; at once where there is none. It must not raise or wait."""
+    transaction = _open.get()
+    if transaction is None:
+        callback()
+    else:
+        transaction.committed.append(callback)
+
+
 @contextmanager
 def detached() -> Iterator[None]:
     """Within the block the task is in no transaction: it does not inherit its starter's. Refused inside its own."""
@@ -105,7 +118,8 @@ class TransactionBlock(TransactionContext):
 
     async def __aenter__(self) -> Any:
         refuse_inside_transaction("Opening a transaction")
-        connection = await self._backend.begin()
+        with tracing.statement(self.connection_name, "BEGIN"):
+            connection = await self._backend.begin()
         self._transaction = OpenTransaction(self._backend, connection)
         _open.set(self._transaction)
         return self._backend
@@ -114,7 +128,11 @@ class TransactionBlock(TransactionContext):
         transaction = self._transaction
         _open.set(None)
         try:
-            await self._backend.finish(transaction.connection, commit=exc_type is None)
+            with tracing.statement(self.connection_name, "COMMIT" if exc_type is None else "ROLLBACK"):
+                await self._backend.finish(transaction.connection, commit=exc_type is None)
+            if exc_type is None:
+                for callback in transaction.committed:
+                    callback()
         finally:
             # Also when the commit failed or was canceled, since it may have succeeded: a wake too many is harmless.
             for channel in transaction.channels:
@@ -161,6 +179,8 @@ class Lease:
         transaction = current(self._backend)
         self._borrowed = transaction is None
         self._connection = await self._backend.check_out() if transaction is None else transaction.connection
+        if tracing.active():
+            return tracing.Statements(self._connection, self._backend.connection_name)
         return self._connection
 
     async def __aexit__(self, exc_type: Any, exc_val: BaseException | None, exc_tb: Any) -> None:

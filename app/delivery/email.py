@@ -14,7 +14,7 @@ import re
 import ssl
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from email.headerregistry import Address
@@ -239,6 +239,12 @@ class Mailer(Protocol):
     async def send(self, message: EmailMessage) -> None:
         """Hand over one composed message. When this returns, it has been accepted; else `DeliveryError`."""
 
+    async def check(self) -> str:
+        """Try everything but sending, and answer in a few words what is ready; else `DeliveryError`."""
+
+    async def forget(self, message_ids: Sequence[str]) -> None:
+        """Take away the copies that are kept here of messages with those ids. What was handed on is out of reach."""
+
     async def close(self) -> None:
         """Give back what is held, in a few seconds at most. Nothing is sent afterwards."""
 
@@ -250,6 +256,11 @@ def mailer_from_settings(settings: Settings) -> Mailer:
             settings.smtp_url, starttls=settings.smtp_starttls == "required", deadline=settings.smtp_timeout
         )
     return FolderMailer(settings.data_dir / "mailbox")
+
+
+def _file_ending(message_id: str) -> str:
+    """What a message's file is called behind its time."""
+    return f"{quote(message_id.strip('<>').partition('@')[0], safe='')}.eml"
 
 
 class FolderMailer:
@@ -264,13 +275,34 @@ class FolderMailer:
         except OSError as error:
             raise DeliveryError(f"The mailbox folder cannot be written: {error.strerror}.", permanent=False) from error
 
+    async def check(self) -> str:
+        """That a file can be written there."""
+        try:
+            await asyncio.to_thread(self._try_to_write)
+        except OSError as error:
+            raise DeliveryError(f"{self._directory} cannot be written: {error.strerror}.", permanent=False) from error
+        return f"emails become files in {self._directory}"
+
+    async def forget(self, message_ids: Sequence[str]) -> None:
+        await asyncio.to_thread(self._remove, frozenset(map(_file_ending, message_ids)))
+
     async def close(self) -> None:
         """Nothing is held."""
 
+    def _try_to_write(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self._directory, prefix="."):
+            pass
+
+    def _remove(self, endings: frozenset[str]) -> None:
+        if endings and self._directory.exists():
+            for file in self._directory.iterdir():
+                if file.name.partition("-")[2] in endings:
+                    file.unlink(missing_ok=True)
+
     def _write(self, message: EmailMessage) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
-        local_part = message["Message-ID"].strip("<>").partition("@")[0]
-        name = f"{message['Date'].datetime:%Y%m%dT%H%M%SZ}-{quote(local_part, safe='')}.eml"
+        name = f"{message['Date'].datetime:%Y%m%dT%H%M%SZ}-{_file_ending(message['Message-ID'])}"
         handle, draft = tempfile.mkstemp(dir=self._directory, prefix=".")  # readable by the owner only
         try:
             with os.fdopen(handle, "wb") as file:
@@ -338,6 +370,31 @@ class SmtpMailer:
             if connection is not None:
                 self._keep(connection)
 
+    async def check(self) -> str:
+        """Connect as for a message, with TLS and login as they are set, and say good-bye."""
+        connection: aiosmtplib.SMTP | None = None
+        try:
+            async with asyncio.timeout(self._deadline):
+                connection = await self._connect()
+                try:
+                    await connection.noop()
+                    await connection.quit()
+                except (aiosmtplib.SMTPException, OSError) as error:
+                    raise self._unusable(error) from error
+        except TimeoutError as error:
+            raise DeliveryError(
+                f"{self._host} did not finish within {self._deadline:g} seconds.", permanent=False
+            ) from error
+        finally:
+            if connection is not None:
+                connection.close()
+        security = "TLS" if self._implicit_tls else "STARTTLS" if self._starttls else "no TLS"
+        login = "logged in" if self._username else "no login"
+        return f"{self._host}:{self._port} answers ({security}, {login})"
+
+    async def forget(self, message_ids: Sequence[str]) -> None:
+        """Nothing is kept: the server has what it accepted."""
+
     async def close(self) -> None:
         self._closed = True
         while self._idle:
@@ -359,6 +416,10 @@ class SmtpMailer:
             if time.monotonic() - since < _IDLE_SECONDS and await _answers(connection):
                 return connection
             connection.close()
+        return await self._connect()
+
+    async def _connect(self) -> aiosmtplib.SMTP:
+        """A new one, with TLS and login as they are set."""
         connection = aiosmtplib.SMTP(
             hostname=self._host,
             port=self._port,

@@ -49,6 +49,18 @@ def samples(policy: Policy) -> list[tuple[messages.Email, Contact]]:
     window = lifecycle.retention_window(_NOW, own.retention)
     retention_hours = own.retention // _HOUR
     confirm_by = _NOW + policy.confirmation_lifetime
+    first_reminder = timedelta(days=policy.reminder_days[0]) if policy.reminder_days else own.retention
+
+    def asked(kind: type[messages.AssistanceRequested], **more: Contact) -> messages.AssistanceRequested:
+        return kind(
+            account_name="Globex",
+            plan_name=assisted.name,
+            account_reference="globex",
+            requested_at=_NOW,
+            respond_by=_NOW + policy.assistance_response,
+            member=_GINA,
+            **more,
+        )
 
     def canceled(kind: type[messages.CancellationConfirmed], to: Contact) -> messages.CancellationConfirmed:
         return kind(
@@ -76,17 +88,7 @@ def samples(policy: Policy) -> list[tuple[messages.Email, Contact]]:
             ),
             _GINA,
         ),
-        (
-            messages.AssistanceRequested(
-                account_name="Globex",
-                plan_name=assisted.name,
-                account_reference="globex",
-                requested_at=_NOW,
-                respond_by=_NOW + policy.assistance_response,
-                member=_GINA,
-            ),
-            _CSM,
-        ),
+        (asked(messages.AssistanceRequested), _CSM),
         (
             messages.ConfirmationRequested(
                 account_name="Globex",
@@ -146,6 +148,45 @@ def samples(policy: Policy) -> list[tuple[messages.Email, Contact]]:
                 account_name="Acme", plan_name=own.name, restarted_at=_NOW, billing_contact=policy.billing_team
             ),
             _ALICE,
+        ),
+        (asked(messages.AssistanceReminder), _CSM),
+        (asked(messages.AssistanceEscalated, csm=_CSM), policy.billing_team),
+        (
+            messages.DeletionReminder(
+                account_name="Acme",
+                plan_name=own.name,
+                canceled_at=window.canceled_at,
+                deletion_scheduled_for=window.deletion_scheduled_for,
+                hours_left=first_reminder // _HOUR,
+                restart_link=_link(LinkPurpose.RESTART, _CAROL, window.restartable_until),
+                billing_contact=policy.billing_team,
+            ),
+            _CAROL,
+        ),
+        (
+            messages.DeletionRescheduled(
+                account_name="Acme",
+                plan_name=own.name,
+                deletion_scheduled_for=_NOW + policy.minimum_notice,
+                billing_contact=policy.billing_team,
+            ),
+            _CAROL,
+        ),
+        (
+            messages.AccountDeleted(
+                account_name="Acme",
+                plan_name=own.name,
+                canceled_at=window.canceled_at,
+                deleted_at=window.deletion_scheduled_for,
+                billing_contact=policy.billing_team,
+            ),
+            _ALICE,
+        ),
+        (
+            messages.DeletionsHalted(
+                halted_at=_NOW, due=3 * policy.breaker_at_least + 1, allowed=policy.breaker_at_least
+            ),
+            policy.operators,
         ),
     ]
 

@@ -17,6 +17,7 @@ class Access(StrEnum):
     BILLING = 'members with "Access billing & account info", and staff'
     STAFF = "staff"
     ACTION = "who the rules allow; see `Account.allowedActions`"
+    BILLING_TEAM = "the billing team"
     PROVISION = "services with the scope `provision`"
     RESTART_LINK = "bearers of the link in a cancellation email"
 

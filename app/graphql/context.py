@@ -9,7 +9,7 @@ from uuid import UUID
 import strawberry
 from strawberry.dataloader import DataLoader
 
-from app import accounts, history
+from app import accounts, deletion, history
 from app.accounts import FeedbackView, MemberView, OfferView, Person, RequestView
 from app.auth import Call, require_known
 from app.history import TransitionView
@@ -57,6 +57,10 @@ class Context:
     @cached_property
     def restart_requested_at(self) -> DataLoader[UUID, datetime | None]:
         return _by_id_or_none(accounts.restart_requested_at)
+
+    @cached_property
+    def deletions(self) -> DataLoader[UUID, deletion.Details]:
+        return _by_id(deletion.details)
 
     @cached_property
     def requests(self) -> DataLoader[Slice, list[RequestView]]:

@@ -13,9 +13,13 @@ from typing import Any, Final, Generic, Literal, TypeVar
 import structlog
 from graphql import (
     DocumentNode,
+    FieldNode,
+    FragmentDefinitionNode,
+    FragmentSpreadNode,
     GraphQLError,
     GraphQLSchema,
     GraphQLSyntaxError,
+    InlineFragmentNode,
     OperationDefinitionNode,
     StringValueNode,
     Visitor,
@@ -53,6 +57,8 @@ class Operation:
     kind: Literal["query", "mutation", "subscription"]
     needs_gate: bool
     """Whether it may answer something without any resolver having checked the caller: introspection, `__typename`."""
+    roots: Mapping[str, str]
+    """The root fields that it may execute, by their keys in the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +151,10 @@ class Documents:
         if invalid := validate(self._schema, ast, _RULES, max_errors=MAX_ERRORS, hide_suggestions=True):
             return Rejection(list(map(_invalid, invalid[:MAX_ERRORS])))
         definitions = [node for node in ast.definitions if isinstance(node, OperationDefinitionNode)]
-        return Document(ast, dict(map(_operation, definitions, measures)))
+        fragments = {node.name.value: node for node in ast.definitions if isinstance(node, FragmentDefinitionNode)}
+        return Document(
+            ast, dict(_operation(node, measure, fragments) for node, measure in zip(definitions, measures, strict=True))
+        )
 
     def _parse(self, query: str) -> DocumentNode:
         limits = self._limits
@@ -191,13 +200,32 @@ def _invalid(error: GraphQLError) -> Mapping[str, Any]:
     return formatted(error, {"code": "GRAPHQL_VALIDATION_FAILED"}, message)
 
 
-def _operation(node: OperationDefinitionNode, measure: Measure) -> tuple[str | None, Operation]:
+def _operation(
+    node: OperationDefinitionNode, measure: Measure, fragments: Mapping[str, FragmentDefinitionNode]
+) -> tuple[str | None, Operation]:
     name = node.name.value if node.name else None
     return name, Operation(
         name=name and name[:_MAX_NAME_CHARACTERS],
         kind=node.operation.value,
         needs_gate=measure.introspects or not measure.resolves,
+        roots=_roots(node, fragments),
     )
+
+
+def _roots(node: OperationDefinitionNode, fragments: Mapping[str, FragmentDefinitionNode]) -> dict[str, str]:
+    """Of a valid document: each key stands for one field, and every fragment exists and does not reach itself."""
+    roots: dict[str, str] = {}
+    pending, spread = [node.selection_set], set[str]()
+    while pending:
+        for selected in pending.pop().selections:
+            if isinstance(selected, FieldNode):
+                roots[(selected.alias or selected.name).value] = selected.name.value
+            elif isinstance(selected, InlineFragmentNode):
+                pending.append(selected.selection_set)
+            elif isinstance(selected, FragmentSpreadNode) and selected.name.value not in spread:
+                spread.add(selected.name.value)
+                pending.append(fragments[selected.name.value].selection_set)
+    return roots
 
 
 def innermost(error: GraphQLError) -> Exception:

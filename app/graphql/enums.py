@@ -8,7 +8,7 @@ from enum import Enum, StrEnum
 
 import strawberry
 
-from app import accounts, lifecycle
+from app import accounts, breaker, deletion, lifecycle, outbox
 
 
 class SortDirection(StrEnum):
@@ -172,6 +172,8 @@ describe_enum(
         lifecycle.Action.CONFIRM_CANCELLATION: "`confirmCancellation`",
         lifecycle.Action.RESTART_ACCOUNT: "`restartAccount`",
         lifecycle.Action.REQUEST_RESTART: "`requestRestart`",
+        lifecycle.Action.HOLD_DELETION: "`holdDeletion`",
+        lifecycle.Action.RELEASE_DELETION: "`releaseDeletion`",
     },
 )
 describe_enum(
@@ -190,6 +192,11 @@ describe_enum(
         lifecycle.TransitionType.FEEDBACK_SUBMITTED: "Feedback was given.",
         lifecycle.TransitionType.RESTART_REQUESTED: "A former member asked for a restart.",
         lifecycle.TransitionType.RESTARTED: "The account was restarted.",
+        lifecycle.TransitionType.DELETION_REMINDER: "The members were reminded of the deletion.",
+        lifecycle.TransitionType.DELETION_HELD: "The deletion was put on hold.",
+        lifecycle.TransitionType.DELETION_RELEASED: "The hold was released; the deletion has a date again.",
+        lifecycle.TransitionType.DELETION_STARTED: "The deletion has begun, and cannot be undone.",
+        lifecycle.TransitionType.DELETED: "Its data is gone.",
     },
 )
 describe_enum(
@@ -207,4 +214,42 @@ describe_enum(
     "SortDirection",
     "Which end comes first.",
     {SortDirection.ASC: "Smallest, or earliest, first.", SortDirection.DESC: "Largest, or latest, first."},
+)
+describe_enum(
+    deletion.State,
+    "DeletionState",
+    "Where the deletion of an account's data is.",
+    {
+        deletion.State.SCHEDULED: "It has a date, which has not come.",
+        deletion.State.HELD: "It is on hold, and has no date.",
+        deletion.State.DUE: "Its date has come; it begins with the worker's next round.",
+        deletion.State.OVERDUE: "It should have begun more than an hour ago. An alarm.",
+        deletion.State.STARTED: "It has begun, and cannot be undone.",
+        deletion.State.STALLED: "It began more than an hour ago and is not done. An alarm; see `steps`.",
+        deletion.State.DELETED: "It is done.",
+    },
+)
+describe_enum(
+    breaker.State,
+    "DeletionBreakerState",
+    "Whether deletions may begin.",
+    {
+        breaker.State.CLEAR: "They may.",
+        breaker.State.APPROVED: "They may, as many as were approved.",
+        breaker.State.HALTED: "All have stopped, because too many fell due within 24 hours.",
+        breaker.State.AWAITING_SECOND_APPROVAL: "All have stopped; one person has approved, another one is needed.",
+    },
+)
+describe_enum(
+    outbox.State,
+    "DeliveryState",
+    "Where the delivery of a message is.",
+    {
+        outbox.State.WAITING: "It waits for the time of its next try.",
+        outbox.State.DUE: "A worker takes it next.",
+        outbox.State.CLAIMED: "A worker is delivering it.",
+        outbox.State.DELIVERED: "The mail server has accepted it.",
+        outbox.State.DEAD: "It could not be delivered and is not tried any more: a dead letter.",
+        outbox.State.DROPPED: "An operator has given it up.",
+    },
 )

@@ -33,6 +33,19 @@ class _Shown:
 class Executor(StrawberryGraphQLCoreExecutionContext):
     """Executes one operation of a schema that `shorten` has prepared."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.members: dict[str | int, GraphQLObjectType] = {}
+        """Which type became of each root field that answers a union or an interface, by its key in the answer."""
+
+    def ensure_valid_runtime_type(
+        self, runtime_type_name: Any, return_type: Any, field_details_list: Any, info: Any, result: Any
+    ) -> GraphQLObjectType:
+        kind = super().ensure_valid_runtime_type(runtime_type_name, return_type, field_details_list, info, result)
+        if info.path.prev is None:
+            self.members[info.path.key] = kind
+        return kind
+
     def execute_field(
         self, parent_type: GraphQLObjectType, source: Any, field_details_list: Any, path: Any, position_context: Any
     ) -> Any:

@@ -11,9 +11,10 @@ adds to resolvers, its exception handlers included, lives in the fields and work
 """
 
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from inspect import isawaitable
 from typing import Any, Final, Generic, TypeVar, cast
 from urllib.parse import parse_qsl
@@ -30,9 +31,10 @@ from starlette.types import Receive, Scope, Send
 from strawberry.exceptions import StrawberryInputCoercionError
 from strawberry.execution.is_awaitable import optimized_is_awaitable
 
-from app import errors
+from app import db, errors, metrics
 from app.graphql import scalars
 from app.graphql.documents import MAX_ERRORS, UNREADABLE, Document, Documents, Rejection, formatted, innermost
+from app.graphql.executor import Executor
 from app.graphql.limits import Limits
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -41,7 +43,7 @@ _JSON: Final = "application/json"
 _GRAPHQL_JSON: Final = "application/graphql-response+json"
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 _QUALITY: Final = re.compile(r"0(?:\.\d{0,3})?|1(?:\.0{0,3})?", re.ASCII)
-_STATUS_FOR_BOTH: Final = frozenset({401, 405, 413, 415, 503})
+_STATUS_FOR_BOTH: Final = frozenset({401, 405, 413, 415, 429, 503})
 """Statuses that are about HTTP itself; a client of `application/json` gets other refusals as 200, without data."""
 _MASKED: Final = "Something went wrong on our side, and it is recorded. Please quote the request id if it persists."
 
@@ -76,6 +78,11 @@ class GraphQLEndpoint(Generic[Context]):
     `gate` is awaited before operations that could answer something without any resolver having looked at the caller,
     such as introspection: it raises a `RequestError` for callers who may not use the endpoint at all.
 
+    `refusals` are the names of the types that stand for an expected refusal; answers of one are counted as such.
+
+    `timeout` bounds `context`, and again `gate` and the execution together: what takes longer is canceled and answered
+    with 503, like a database that is away. The client's own slowness in sending does not count.
+
     `request.state.request_id` is set before `context` is called; `request.state.operation`, a `documents.Operation`,
     from `gate` on. Both are bound to structlog's context variables too (the operation as its name and kind).
     """
@@ -86,18 +93,25 @@ class GraphQLEndpoint(Generic[Context]):
         *,
         context: Callable[[Request], Awaitable[Context]],
         gate: Callable[[Context], Awaitable[None]],
+        refusals: Collection[str] = frozenset(),
         limits: Limits | None = None,
+        timeout: timedelta = timedelta(seconds=10),
     ) -> None:
         if schema.extensions or schema.directives or schema.subscription:
             raise ValueError("this endpoint runs no schema extensions, custom operation directives or subscriptions")
         self._schema = schema
         self._context = context
         self._gate = gate
+        self._refusals = refusals
         self._limits = limits or Limits()
+        self._timeout = timeout
         self.documents = Documents(schema._schema, self._limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
         request = Request(scope, receive)
+        request.state.executing = ()
+        request.state.results = ()
         given = request.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
         request.state.request_id = request_id
@@ -106,6 +120,9 @@ class GraphQLEndpoint(Generic[Context]):
                 response = await self._respond(request)
             except ClientDisconnect:
                 return
+        results: Sequence[tuple[str, str]] = request.state.results
+        refused = [one for one in results if one[1] in self._refusals]
+        metrics.answered(results, refused, time.perf_counter() - began)
         response.headers["X-Request-ID"] = request_id
         await response(scope, receive, send)
 
@@ -116,33 +133,39 @@ class GraphQLEndpoint(Generic[Context]):
             media_type = _negotiate(", ".join(request.headers.getlist("accept")))
             return await self._execute(request, media_type)
         except _Malformed as refusal:
+            _note(request, errors.BadUserInput.code)
             refused = [{"message": refusal.message, "extensions": {"code": errors.BadUserInput.code}}]
             return _response({"errors": refused}, media_type, refusal.status, refusal.headers)
         except errors.RequestError as refusal:
+            _note(request, refusal.code)
             return _refused(refusal, request, media_type)
         except ClientDisconnect:
             raise
         except Exception as failure:
             _log.error("graphql.request_failed", exc_info=failure)
-            masked = {"message": _MASKED, "extensions": _internal(request)}
-            return _response({"errors": [masked]}, media_type, 500)
+            extensions = _internal(request)
+            _note(request, extensions["code"])
+            return _response({"errors": [{"message": _MASKED, "extensions": extensions}]}, media_type, 500)
 
     async def _execute(self, request: Request, media_type: str) -> Response:
         if request.method not in {"GET", "POST"}:
             raise _Malformed("Use POST, or GET for queries.", status=405, headers={"Allow": "GET, POST"})
-        context = await self._context(request)
+        async with db.deadline(self._timeout):
+            context = await self._context(request)
         parameters = await self._parameters(request)
         prepared = self.documents.prepare(parameters.query)
         if isinstance(prepared, Rejection):
+            _note(request, prepared.errors[0]["extensions"]["code"])
             return _not_executed(prepared.errors, media_type)
         operation = prepared.select(parameters.operation_name)
         if request.method == "GET" and operation.kind != "query":
             raise _Malformed("Mutations are sent with POST.", status=405, headers={"Allow": "POST"})
         request.state.operation = operation
         with structlog.contextvars.bound_contextvars(operation=operation.name, operation_kind=operation.kind):
-            if operation.needs_gate:
-                await self._gate(context)
-            return await self._run(prepared, parameters, context, request, media_type)
+            async with db.deadline(self._timeout):
+                if operation.needs_gate:
+                    await self._gate(context)
+                return await self._run(prepared, parameters, context, request, media_type)
 
     async def _parameters(self, request: Request) -> _Parameters:
         limit = self._limits.body_bytes
@@ -173,18 +196,43 @@ class GraphQLEndpoint(Generic[Context]):
         )
         shown = _Shown(request)
         if isinstance(executor, list):
-            return _not_executed([shown.of(error, coercion=True) for error in executor[:MAX_ERRORS]], media_type)
+            unusable = [shown.of(error, coercion=True) for error in executor[:MAX_ERRORS]]
+            _note(request, unusable[0]["extensions"]["code"])
+            return _not_executed(unusable, media_type)
+        roots = request.state.operation.roots
+        request.state.executing = roots.values()
         result = executor.execute_operation()
         if isawaitable(result):
             result = await result
         assert isinstance(result, ExecutionResult)
+        members = executor.members if isinstance(executor, Executor) else {}
+        outcomes = {key: kind.name for key, kind in members.items() if kind.name in self._refusals}
         if not result.errors:
+            request.state.results = _results(roots, result.data or {}, outcomes)
             return _response({"data": result.data}, media_type, 200)
+        limited: dict[str | int, errors.RateLimited] = {}
         for error in result.errors:
+            cause = innermost(error)
             # Without its database the service is down, and half an answer would hide it from clients and balancers.
-            if isinstance(cause := innermost(error), errors.Unavailable):
+            if isinstance(cause, errors.Unavailable):
                 raise cause
-        return _response({"errors": list(map(shown.of, result.errors)), "data": result.data}, media_type, 200)
+            if isinstance(cause, errors.RateLimited) and error.path is not None:
+                limited[error.path[0]] = cause
+        told = list(map(shown.of, result.errors))
+        outcomes |= {
+            error.path[0]: one["extensions"]["code"]
+            for error, one in zip(result.errors, told, strict=True)
+            if error.path
+        }
+        request.state.results = _results(roots, outcomes if result.data is None else result.data, outcomes)
+        body = {"errors": told, "data": result.data}
+        if not limited:
+            return _response(body, media_type, 200)
+        # Repeating the document makes sense when all of its fields would be let through.
+        headers = _retry_after(max(limited.values(), key=lambda refusal: refusal.retry_after))
+        if result.data is None or limited.keys() < result.data.keys():
+            return _response(body, media_type, 200, headers)
+        return _response({"errors": body["errors"]}, media_type, errors.RateLimited.http_status, headers)
 
 
 class _Shown:
@@ -217,6 +265,18 @@ def _is_coercion(cause: GraphQLError) -> bool:
     graphql-core's other errors point to the field that failed, and show what a resolver returned.
     """
     return isinstance(next(iter(cause.nodes or ()), None), ValueNode)
+
+
+def _results(
+    roots: Mapping[str, str], answered: Iterable[str | int], outcomes: Mapping[str | int, str]
+) -> list[tuple[str, str]]:
+    """What came of each root field that was executed. `roots` has their names by their keys in the answer."""
+    return [(roots[key], outcomes.get(key, metrics.OK)) for key in answered if isinstance(key, str) and key in roots]
+
+
+def _note(request: Request, code: str) -> None:
+    """The request as a whole ended so, with the root fields that were being executed."""
+    request.state.results = [(name, code) for name in request.state.executing or (metrics.NOT_EXECUTED,)]
 
 
 def _internal(request: Request) -> dict[str, Any]:
@@ -327,14 +387,16 @@ def _not_executed(shown: Sequence[Mapping[str, Any]], media_type: str) -> Respon
 
 def _refused(refusal: errors.RequestError, request: Request, media_type: str) -> Response:
     status = refusal.http_status if media_type == _GRAPHQL_JSON or refusal.http_status in _STATUS_FOR_BOTH else 200
-    headers = {}
+    headers = _retry_after(refusal)
     if status == 401:
         headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if "authorization" in request.headers else "Bearer"
-    elif status == 503:
-        headers["Retry-After"] = "1"
     return _response(
         {"errors": [{"message": refusal.message, "extensions": refusal.extensions}]}, media_type, status, headers
     )
+
+
+def _retry_after(refusal: errors.RequestError) -> dict[str, str]:
+    return {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
 
 
 def _response(

@@ -6,7 +6,18 @@ from uuid import UUID
 
 import strawberry
 
-from app import accounts, auth, cancellation, feedback, offers, provisioning, restart
+from app import (
+    accounts,
+    auth,
+    breaker,
+    cancellation,
+    clock,
+    deletion,
+    feedback,
+    offers,
+    provisioning,
+    restart,
+)
 from app.accounts import AccountView
 from app.graphql import nodes
 from app.graphql.access import Access, root
@@ -20,6 +31,7 @@ from app.graphql.refusals import (
     CancellationAlreadyRequestedError,
     ConfirmationExpiredError,
     ConfirmationTokenInvalidError,
+    DeletionsNotHaltedError,
     IdempotencyConflictError,
     InvalidInputError,
     NotFoundError,
@@ -33,6 +45,7 @@ from app.graphql.types import (
     CancellationPreview,
     CancellationRequest,
     Contact,
+    DeletionBreaker,
     Feedback,
     Offer,
     Perspective,
@@ -300,6 +313,99 @@ RequestRestartResult = Annotated[
     strawberry.union("RequestRestartResult", description="What came of `requestRestart`."),
 ]
 
+# -------------------------------------------------------------------------------------- holdDeletion, releaseDeletion
+
+
+@strawberry.input(description="Suspends the deletion of a canceled account.")
+class HoldDeletionInput:
+    account_id: strawberry.ID = describe("The account.")
+    note: str = describe("Why, 1 to 2,000 characters. Erased with the account's data.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The deletion is on hold, and has no date. The time to restart the account is as it was.")
+class HoldDeletionSuccess:
+    account: Account = describe("The account.")
+
+
+HoldDeletionResult = Annotated[
+    HoldDeletionSuccess
+    | NotFoundError
+    | PermissionDeniedError
+    | AccountStateError
+    | InvalidInputError
+    | IdempotencyConflictError,
+    strawberry.union("HoldDeletionResult", description="What came of `holdDeletion`."),
+]
+
+
+@strawberry.input(description="Ends the hold on a deletion.")
+class ReleaseDeletionInput:
+    account_id: strawberry.ID = describe("The account.")
+    note: str = describe("Why, 1 to 2,000 characters. Erased with the account's data.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The deletion has a date again, never nearer than the policy's minimum notice.")
+class ReleaseDeletionSuccess:
+    account: Account = describe("The account.")
+
+
+ReleaseDeletionResult = Annotated[
+    ReleaseDeletionSuccess
+    | NotFoundError
+    | PermissionDeniedError
+    | AccountStateError
+    | InvalidInputError
+    | IdempotencyConflictError,
+    strawberry.union("ReleaseDeletionResult", description="What came of `releaseDeletion`."),
+]
+
+# ------------------------------------------------------------------------------------------------ approveDeletions
+
+
+@strawberry.input(description="Approves the deletions that have stopped.")
+class ApproveDeletionsInput:
+    count: int = describe("How many, as `deletionBreaker.due` says: nobody approves more than they saw.")
+    note: str = describe("Why, 1 to 2,000 characters.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(
+    description="The approval counts. With that of a second person the deletions go on, for 24 hours and that many."
+)
+class ApproveDeletionsSuccess:
+    breaker: DeletionBreaker = describe("Where it stands now.")
+
+
+ApproveDeletionsResult = Annotated[
+    ApproveDeletionsSuccess
+    | PermissionDeniedError
+    | DeletionsNotHaltedError
+    | InvalidInputError
+    | IdempotencyConflictError,
+    strawberry.union("ApproveDeletionsResult", description="What came of `approveDeletions`."),
+]
+
+# --------------------------------------------------------------------------------------------------- advanceClock
+
+
+@strawberry.input(description="Moves the development clock ahead.")
+class AdvanceClockInput:
+    by: str = describe("How far: `60d`, `36h`, `30m` or `10s`.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The clock of the whole installation was moved; workers carry out what is due now.")
+class AdvanceClockSuccess:
+    now: datetime = describe("The time now.")
+
+
+AdvanceClockResult = Annotated[
+    AdvanceClockSuccess | PermissionDeniedError | InvalidInputError | IdempotencyConflictError,
+    strawberry.union("AdvanceClockResult", description="What came of `advanceClock`."),
+]
+
 # --------------------------------------------------------------------------------------------------- syncAccounts
 
 describe_enum(
@@ -507,6 +613,45 @@ class Mutation:
             restartable_until=account.restartable_until,
             contact=Contact.of(info.context.policy.billing_team),
         )
+
+    @root(Access.ACTION, "Suspend the deletion of a canceled account. The billing team's alone.")
+    async def hold_deletion(self, info: Info, input: HoldDeletionInput) -> HoldDeletionResult | None:
+        account = await deletion.hold(
+            info.context.call,
+            nodes.decode_as(Kind.ACCOUNT, input.account_id),
+            note=input.note,
+            idempotency_key=input.idempotency_key,
+        )
+        return HoldDeletionSuccess(account=await _shown(info, account))
+
+    @root(Access.ACTION, "End the hold on a deletion; it gets a new date. The billing team's alone.")
+    async def release_deletion(self, info: Info, input: ReleaseDeletionInput) -> ReleaseDeletionResult | None:
+        account = await deletion.release(
+            info.context.call,
+            nodes.decode_as(Kind.ACCOUNT, input.account_id),
+            note=input.note,
+            idempotency_key=input.idempotency_key,
+        )
+        return ReleaseDeletionSuccess(account=await _shown(info, account))
+
+    @root(
+        Access.BILLING_TEAM,
+        "Approve deletions that have stopped because too many fell due. Two persons are needed.",
+    )
+    async def approve_deletions(self, info: Info, input: ApproveDeletionsInput) -> ApproveDeletionsResult | None:
+        view = await breaker.approve(
+            info.context.call, count=input.count, note=input.note, idempotency_key=input.idempotency_key
+        )
+        return ApproveDeletionsSuccess(breaker=DeletionBreaker.of(view))
+
+    @root(
+        Access.STAFF,
+        "Move the clock of the installation ahead, to see what weeks bring in a minute. Where the clock is the "
+        "development clock alone; nowhere else is it moved.",
+    )
+    async def advance_clock(self, info: Info, input: AdvanceClockInput) -> AdvanceClockResult | None:
+        now = await clock.advance_by(info.context.call, input.by, idempotency_key=input.idempotency_key)
+        return AdvanceClockSuccess(now=now)
 
     @root(
         Access.PROVISION,

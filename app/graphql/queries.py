@@ -6,7 +6,7 @@ from uuid import UUID
 
 import strawberry
 
-from app import accounts, auth, errors
+from app import accounts, auth, breaker, deletion, errors, outbox
 from app.accounts import AccountFilter, AccountSort, RequestFilter
 from app.auth import Caller
 from app.graphql import nodes
@@ -21,6 +21,8 @@ from app.graphql.types import (
     CancellationPreview,
     CancellationRequest,
     Connection,
+    DeletionBreaker,
+    Delivery,
     Feedback,
     FeedbackReasonLabel,
     First,
@@ -58,6 +60,8 @@ _SORT_ATTRIBUTE = {
     AccountSort.CREATED_AT: "created_at",
     AccountSort.DELETION_SCHEDULED_FOR: "deletion_scheduled_for",
 }
+_DELETIONS = Keyset(name="deletions:restartable_until", types=(datetime, UUID))
+_DELIVERIES = Keyset(name="deliveries:created:desc", types=(datetime, UUID))
 _MEMBERSHIPS = Keyset(name="memberships:name", types=(str, UUID))
 
 
@@ -85,7 +89,7 @@ class Viewer:
         views = await accounts.page(
             AccountFilter(
                 person=(identity.issuer, identity.subject),
-                statuses=frozenset({AccountStatus.ACTIVE, AccountStatus.CANCELLATION_SCHEDULED}),
+                with_access=True,
             ),
             sort=AccountSort.NAME,
             descending=False,
@@ -144,6 +148,12 @@ class CancellationRequestFilterInput:
         description="Only requests of accounts whose Customer Success Manager is the caller, and of accounts that "
         "have none.",
     )
+
+
+@strawberry.input(description="Which deliveries. Every field that is given narrows the list.")
+class DeliveryFilterInput:
+    states: list[outbox.State] | None = strawberry.field(default=None, description="In one of these states.")
+    account_id: strawberry.ID | None = strawberry.field(default=None, description="About this account.")
 
 
 def _some(values: list[str] | None, argument: str) -> frozenset[str] | None:
@@ -251,6 +261,67 @@ class Query:
             after,
             lambda view: keyset.cursor(view.requested_at, view.id),
             lambda view: CancellationRequest.of(view, eye),
+        )
+
+    @root(
+        Access.STAFF,
+        "Canceled accounts by the end of their retention window: what is to be deleted, is being deleted, and was.",
+    )
+    async def deletions(
+        self,
+        info: Info,
+        states: Annotated[
+            list[deletion.State] | None,
+            strawberry.argument(description="In one of these states; left out: in all but DELETED."),
+        ] = None,
+        first: First = None,
+        after: After = None,
+    ) -> Connection[Account] | None:
+        caller = await auth.require_staff(info.context.call)
+        size, position = nodes.page_size(first), _DELETIONS.position(after)
+        wanted = frozenset(deletion.State) - {deletion.State.DELETED} if states is None else frozenset(states)
+        views = await deletion.page(wanted, after=position, limit=size + 1)
+        policy = info.context.policy
+        return connection(
+            views,
+            size,
+            after,
+            lambda view: _DELETIONS.cursor(view.restartable_until, view.id),
+            lambda view: Account.of(view, Perspective.on(caller, policy, view)),
+        )
+
+    @root(Access.STAFF, "Whether deletions may begin, or have stopped because too many fell due.")
+    async def deletion_breaker(self, info: Info) -> DeletionBreaker | None:
+        await auth.require_staff(info.context.call)
+        return DeletionBreaker.of(await breaker.read(info.context.policy))
+
+    @root(Access.STAFF, "Emails that were promised, newest first, with what became of each: dead letters, for example.")
+    async def deliveries(
+        self,
+        info: Info,
+        filter: Annotated[DeliveryFilterInput | None, strawberry.argument(description="Which.")] = None,
+        first: First = None,
+        after: After = None,
+    ) -> Connection[Delivery] | None:
+        caller = await auth.require_staff(info.context.call)
+        size, position = nodes.page_size(first), _DELIVERIES.position(after)
+        given = filter or DeliveryFilterInput()
+        account_id = None if given.account_id is None else nodes.decode_as(Kind.ACCOUNT, given.account_id)
+        views = []
+        if given.account_id is None or account_id is not None:  # what no id can mean, no message is about
+            views = await outbox.page(
+                None if given.states is None else frozenset(given.states),
+                account_id=account_id,
+                after=position,
+                limit=size + 1,
+            )
+        eye = Perspective.of(caller, info.context.policy)
+        return connection(
+            views,
+            size,
+            after,
+            lambda view: _DELIVERIES.cursor(view.created_at, view.id),
+            lambda view: Delivery.of(view, eye),
         )
 
     @root(Access.BILLING, "What a cancellation confirmed now would do: who loses access, until when it can be undone.")

@@ -75,6 +75,11 @@ class RestartWindowClosedError(UserError):
     contact: Contact = describe("Who can help with a new account.")
 
 
+@strawberry.type(description="The deletions have not stopped; there is nothing to approve.")
+class DeletionsNotHaltedError(UserError):
+    pass
+
+
 @strawberry.type(description="A value has the right type and cannot be used.")
 class InvalidInputError(UserError):
     field: str = describe("Its path in the input.")
@@ -143,6 +148,7 @@ HANDLERS = (
     _handler(errors.AccountNameMismatch, AccountNameMismatchError),
     _handler(errors.OfferUnavailable, OfferUnavailableError, _plain("available_again_at")),
     _handler(errors.RestartWindowClosed, RestartWindowClosedError, _plain("closed_at", "contact")),
+    _handler(errors.DeletionsNotHalted, DeletionsNotHaltedError),
     _handler(errors.InvalidInput, InvalidInputError, _plain("field")),
     _handler(errors.IdempotencyConflict, IdempotencyConflictError),
 )

@@ -5,14 +5,14 @@ is somewhere else. What only the billing permission shows refuses others with FO
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from typing import Annotated, Any, Generic, TypeVar
 from uuid import UUID
 
 import strawberry
 
-from app import errors, lifecycle, offers
+from app import breaker, deletion, errors, lifecycle, offers, outbox
 from app import policy as policies
 from app.accounts import AccountView, FeedbackView, MemberView, OfferView, Person, RequestView
 from app.auth import Caller
@@ -35,7 +35,7 @@ from app.lifecycle import (
     RequestStatus,
     TransitionType,
 )
-from app.policy import Policy
+from app.policy import Policy, hours
 
 T = TypeVar("T")
 
@@ -126,10 +126,6 @@ class Plan:
             assistance_response_hours=hours(policy.assistance_response),
             reminder_days=list(policy.reminder_days),
         )
-
-
-def hours(duration: timedelta) -> int:
-    return int(duration / timedelta(hours=1))
 
 
 @strawberry.type(description="A reason to choose from, with the words shown to people.")
@@ -385,12 +381,158 @@ class Transition:
         )
 
 
+@strawberry.type(description="A deletion that was suspended.")
+class DeletionHold:
+    _view: strawberry.Private[deletion.HoldView]
+    held_at: datetime = describe("Since when.")
+    note: str | None = describe("Why; null once the account's data is deleted.")
+    released_at: datetime | None = describe("When it ended; null while it lasts.")
+    release_note: str | None = describe("Why it ended; null when a restart ended it, and once the data is deleted.")
+
+    @staticmethod
+    def of(view: deletion.HoldView) -> "DeletionHold":
+        return DeletionHold(
+            _view=view,
+            held_at=view.held_at,
+            note=view.note,
+            released_at=view.released_at,
+            release_note=view.release_note,
+        )
+
+    @strawberry.field(description="Who put it on hold.")
+    async def held_by(self, info: Info) -> ActorRef:
+        return ActorRef.of(ActorKind.STAFF, await info.context.people.load(self._view.held_by_id))
+
+    @strawberry.field(description="Who released it; null while it lasts, and when a restart ended it.")
+    async def released_by(self, info: Info) -> ActorRef | None:
+        if self._view.released_by_id is None:
+            return None
+        return ActorRef.of(ActorKind.STAFF, await info.context.people.load(self._view.released_by_id))
+
+
+@strawberry.type(description="A reminder of a deletion that was sent to the members.")
+class DeletionReminder:
+    days: int = describe("Which of the policy's reminders: how many days before the deletion.")
+    deletion_scheduled_for: datetime = describe("The date that it told of.")
+    sent_at: datetime = describe("When.")
+
+
+@strawberry.type(description="The part of a deletion that one data system does.")
+class DeletionStep:
+    system: str = describe("The system; `sunset` is this one.")
+    attempts: int = describe("How many tries have failed.")
+    last_error: str | None = describe("Why the last one failed, or what it waits for.")
+    due_at: datetime = describe("When the next try may begin.")
+    completed_at: datetime | None = describe("When it was done; null until then.")
+
+
+@strawberry.type(description="What remains of a deleted account, without personal data.")
+class Tombstone:
+    plan_code: str = describe("The plan that it was on.")
+    reason: FeedbackReason | None = describe("Why it was canceled, where that was said.")
+    canceled_at: datetime = describe("When it was canceled.")
+    deletion_started_at: datetime = describe("When the deletion began.")
+    deleted_at: datetime = describe("When the data was gone.")
+    members: int = describe("How many members were erased.")
+    feedback: int = describe("How many pieces of feedback were erased.")
+    offers: int = describe("How many offers were erased.")
+    restart_requests: int = describe("How many requests for a restart were erased.")
+    messages: int = describe("How many messages were erased.")
+    idempotency_records: int = describe("How many remembered answers were erased.")
+
+
+@strawberry.type(description="The deletion of a canceled account's data: what is coming, what has begun, what remains.")
+class Deletion:
+    _id: strawberry.Private[UUID]
+    state: deletion.State = describe("Where it is.")
+    scheduled_for: datetime | None = describe("When it begins; null while held.")
+    held_at: datetime | None = describe("Since when it is on hold.")
+    started_at: datetime | None = describe("When it began.")
+    deleted_at: datetime | None = describe("When the data was gone.")
+
+    @staticmethod
+    def of(view: AccountView, now: datetime) -> "Deletion | None":
+        state = deletion.state(view, now)
+        if state is None:
+            return None
+        return Deletion(
+            _id=view.id,
+            state=state,
+            scheduled_for=view.deletion_scheduled_for,
+            held_at=view.deletion_held_at,
+            started_at=view.deletion_started_at,
+            deleted_at=view.deleted_at,
+        )
+
+    @strawberry.field(description="Its holds, oldest first; the last one may be open.")
+    async def holds(self, info: Info) -> list[DeletionHold]:
+        return [DeletionHold.of(view) for view in (await info.context.deletions.load(self._id)).holds]
+
+    @strawberry.field(description="The reminders that were sent, oldest first.")
+    async def reminders(self, info: Info) -> list[DeletionReminder]:
+        return [
+            DeletionReminder(days=one.days, deletion_scheduled_for=one.deletion_scheduled_for, sent_at=one.sent_at)
+            for one in (await info.context.deletions.load(self._id)).reminders
+        ]
+
+    @strawberry.field(description="Its steps, one for each data system; none before it has begun.")
+    async def steps(self, info: Info) -> list[DeletionStep]:
+        return [
+            DeletionStep(
+                system=one.system,
+                attempts=one.attempts,
+                last_error=one.last_error,
+                due_at=one.due_at,
+                completed_at=one.completed_at,
+            )
+            for one in (await info.context.deletions.load(self._id)).steps
+        ]
+
+    @strawberry.field(description="What remains when it is done; null until then.")
+    async def tombstone(self, info: Info) -> Tombstone | None:
+        left = (await info.context.deletions.load(self._id)).tombstone
+        return None if left is None else Tombstone(**asdict(left))
+
+
+@strawberry.type(description="Stops all deletions when more fall due within 24 hours than the policy allows.")
+class DeletionBreaker:
+    _view: strawberry.Private[breaker.BreakerView]
+    state: breaker.State = describe("Whether deletions may begin.")
+    due: int = describe("How many fall due, or have begun, within 24 hours; what `approveDeletions` wants.")
+    started: int = describe("How many have begun in the last 24 hours.")
+    allowed: int = describe("How many may, by the policy or by approval; at least, where few are due.")
+    halted_at: datetime | None = describe("Since when all have stopped.")
+    first_approved_at: datetime | None = describe("When the first of two persons approved.")
+    approved_until: datetime | None = describe("How long an approval still holds.")
+
+    @staticmethod
+    def of(view: breaker.BreakerView) -> "DeletionBreaker":
+        return DeletionBreaker(
+            _view=view,
+            state=view.state,
+            due=view.due,
+            started=view.started,
+            allowed=view.allowed,
+            halted_at=view.halted_at,
+            first_approved_at=view.first_approved_at,
+            approved_until=view.approved_until,
+        )
+
+    @strawberry.field(description="Who approved first; the second approval is of another person.")
+    async def first_approved_by(self, info: Info) -> ActorRef | None:
+        if self._view.first_approved_by_id is None:
+            return None
+        return ActorRef.of(ActorKind.STAFF, await info.context.people.load(self._view.first_approved_by_id))
+
+
 @strawberry.type(description="A customer's account: a company's workspace, never one person.")
 class Account(Node):
     _view: strawberry.Private[AccountView]
     _eye: strawberry.Private[Perspective]
-    reference: str = describe("The host's own name for the account.")
-    name: str = describe("The account's name; it is typed to confirm a cancellation.")
+    reference: str = describe(
+        "The host's own name for the account. Of a deleted account, `deleted:` and the SHA-256 of it in hexadecimal."
+    )
+    name: str = describe("The account's name; it is typed to confirm a cancellation. Empty once it is deleted.")
     status: AccountStatus = describe("Where the account is in its life.")
     epoch: int = describe("Grows with each cancellation that takes effect and each restart.")
     can_send_messages: bool = describe("Whether messages may be sent for the account.")
@@ -413,8 +555,8 @@ class Account(Node):
             name=view.name,
             status=view.status,
             epoch=view.epoch,
-            can_send_messages=lifecycle.can_send_messages(view.status),
-            members_can_sign_in=lifecycle.members_can_sign_in(view.status),
+            can_send_messages=view.has_access(eye.now),
+            members_can_sign_in=view.has_access(eye.now),
             cancellation_effective_at=view.cancellation_effective_at,
             canceled_at=view.canceled_at,
             restartable_until=view.restartable_until,
@@ -424,9 +566,19 @@ class Account(Node):
             deleted_at=view.deleted_at,
         )
 
-    @strawberry.field(description="Its plan, with the policy in force.")
-    def plan(self) -> Plan:
-        return Plan.of(self._view.plan(self._eye.policy), self._eye.policy)
+    @strawberry.field(
+        description="Its plan, with the policy in force. Null for a deleted account on a plan that is no more."
+    )
+    def plan(self) -> Plan | None:
+        plan = self._eye.policy.plans.get(self._view.plan_code)
+        return None if plan is None else Plan.of(plan, self._eye.policy)
+
+    @strawberry.field(
+        description="The deletion of its data; null while it is not canceled. Needs the billing permission."
+    )
+    def deletion(self) -> Deletion | None:
+        self._eye.require_billing()
+        return Deletion.of(self._view, self._eye.now)
 
     @strawberry.field(description="What the caller can do about its cancellation now, and why not where they cannot.")
     def allowed_actions(self) -> list[ActionAvailability]:
@@ -489,6 +641,50 @@ class Account(Node):
     async def restart_requested_at(self, info: Info) -> datetime | None:
         self._eye.require_billing()
         return await info.context.restart_requested_at.load(self._view.id)
+
+
+@strawberry.type(description="An email that was promised to one person, and what became of it.")
+class Delivery:
+    _view: strawberry.Private[outbox.MessageView]
+    _eye: strawberry.Private[Perspective]
+    message_id: str = describe("Its Message-ID, the same for every try; `sunset deliveries` knows it by that.")
+    template: str = describe("Which email.")
+    state: outbox.State = describe("Where it is.")
+    recipient: Contact | None = describe("To whom; null once their data is erased.")
+    attempts: int = describe("How many tries have begun.")
+    last_error: str | None = describe("Why the last one failed; null when none has, and once it is delivered.")
+    created_at: datetime = describe("When it was promised.")
+    due_at: datetime | None = describe("When the next try may begin; null when there is none to come.")
+    delivered_at: datetime | None = describe("When the mail server accepted it.")
+    dead_at: datetime | None = describe("When it became a dead letter.")
+    dropped_at: datetime | None = describe("When an operator gave it up.")
+
+    @staticmethod
+    def of(view: outbox.MessageView, eye: Perspective) -> "Delivery":
+        known = view.recipient_address != ""
+        settled = view.delivered_at or view.dead_at or view.dropped_at
+        return Delivery(
+            _view=view,
+            _eye=eye,
+            message_id=view.message_id,
+            template=view.template,
+            state=view.state,
+            recipient=Contact(name=view.recipient_name, email=view.recipient_address) if known else None,
+            attempts=view.attempts,
+            last_error=view.last_error,
+            created_at=view.created_at,
+            due_at=None if settled else view.due_at,
+            delivered_at=view.delivered_at,
+            dead_at=view.dead_at,
+            dropped_at=view.dropped_at,
+        )
+
+    @strawberry.field(description="The account that it is about; null when it is about none.")
+    async def account(self, info: Info) -> Account | None:
+        if self._view.account_id is None:
+            return None
+        account = await info.context.accounts.load(self._view.account_id)
+        return None if account is None else Account.of(account, self._eye.toward(account))
 
 
 @strawberry.type(description="What a cancellation confirmed now would do. Nothing is changed by looking.")

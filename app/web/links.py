@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
-from app import auth, cancellation, errors, feedback, lifecycle, restart
+from app import auth, cancellation, db, errors, feedback, lifecycle, restart
 from app.auth import Call, Installation
 from app.delivery.email import duration, moment
 from app.lifecycle import Action, FeedbackReason, LinkPurpose
@@ -52,27 +52,31 @@ def _page(installation: Installation, purpose: LinkPurpose) -> Callable[[Request
     async def page(request: Request) -> HTMLResponse:
         try:
             form = await _form(request) if request.method == "POST" else None
-            token = form.get("token", "") if form is not None else request.query_params.get("token", "")
-            identity = await installation.tokens.verify(token)
-            grant = identity.grant
-            if grant is None or grant.purpose != purpose:
-                raise errors.Unauthenticated("The link is not meant for this page.")
-            call = Call(identity=identity, installation=installation)
-            error = None
-            if form is not None:
-                try:
-                    return _show(f"links/{purpose.value}_done.html", await _ACT[purpose](call, grant, form))
-                except (errors.AccountNameMismatch, errors.InvalidInput) as refusal:
-                    error = refusal.message
-            facts = {"token": token, "error": error, "given": form or {}, **await _facts(call, grant)}
-            return _show(f"links/{purpose.value}.html", facts, status=422 if error else 200)
+            async with db.deadline(installation.request_timeout):
+                token = form.get("token", "") if form is not None else request.query_params.get("token", "")
+                identity = await installation.tokens.verify(token)
+                grant = identity.grant
+                if grant is None or grant.purpose != purpose:
+                    raise errors.Unauthenticated("The link is not meant for this page.")
+                call = Call(identity=identity, installation=installation)
+                error = None
+                if form is not None:
+                    try:
+                        return _show(f"links/{purpose.value}_done.html", await _ACT[purpose](call, grant, form))
+                    except (errors.AccountNameMismatch, errors.InvalidInput) as refusal:
+                        error = refusal.message
+                facts = {"token": token, "error": error, "given": form or {}, **await _facts(call, grant)}
+                return _show(f"links/{purpose.value}.html", facts, status=422 if error else 200)
         except errors.Refusal as refusal:
             return _show("links/refused.html", {"message": refusal.message}, status=409)
         except errors.Unauthenticated:
             message = "This link is not valid, or not any more. Use the newest email, or contact the billing team."
             return _show("links/refused.html", {"message": message}, status=401)
         except errors.RequestError as refusal:
-            return _show("links/refused.html", {"message": refusal.message}, status=refusal.http_status)
+            refused = _show("links/refused.html", {"message": refusal.message}, status=refusal.http_status)
+            if refusal.retry_after is not None:
+                refused.headers["Retry-After"] = str(refusal.retry_after)
+            return refused
 
     return page
 

@@ -25,10 +25,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from app import auth, cancellation, db, demo, errors, feedback, lifecycle, main, offers, policy, restart
+from app import accounts, auth, cancellation, db, demo, errors, feedback, lifecycle, main, offers, policy, restart
 from app.auth import Call, Installation
 from app.db import Database
-from app.lifecycle import AccountStatus, CancellationTiming, FeedbackReason
+from app.delivery.email import FolderMailer
+from app.lifecycle import CancellationTiming, FeedbackReason
+from app.timers import Timers
 from tests import cast
 from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, GINA, SUPPORT
 
@@ -74,6 +76,11 @@ class Account:
     accepted: set[str] = field(default_factory=set)
     seen: list[tuple[Any, ...]] = field(default_factory=list)
     """The history's rows as they were after the step before."""
+
+    @property
+    def has_no_access(self) -> bool:
+        """From the moment on at which the cancellation takes effect, also when the worker is late."""
+        return self.status == "CANCELED" or self.is_due
 
     @property
     def open(self) -> Request | None:
@@ -146,7 +153,7 @@ class Lifecycle(RuleBasedStateMachine):
     def refused(self, account: Account, who: str, allowed: set[str]) -> type[Exception] | None:
         """Who is refused whatever the state, and how: a former member, a stranger, somebody without the permission."""
         if who not in STAFF:
-            if any(who in MEMBERS[one.reference] and one.status == "CANCELED" for one in self.model.values()):
+            if any(who in MEMBERS[one.reference] and one.has_no_access for one in self.model.values()):
                 return errors.AccessRemoved  # everywhere: nobody of these has another account
             if who not in MEMBERS[account.reference]:
                 return errors.NotFound
@@ -368,7 +375,7 @@ class Lifecycle(RuleBasedStateMachine):
                 assert request is not None
                 self.take_effect(account, request)
                 due += 1
-        assert self.run(cancellation.run_due(self.installation)) == due
+        assert self.run(Timers(self.installation, forget=FolderMailer(self.seed).forget).run()) == due
 
     @precondition(lambda self: self.some("CANCELED"))
     @rule()
@@ -377,14 +384,19 @@ class Lifecycle(RuleBasedStateMachine):
         account = next(account for account in self.model.values() if account.status == "CANCELED")
         dates = self.run(
             db.fetch_one(
-                "SELECT canceled_at, restartable_until, deletion_scheduled_for FROM account WHERE id = $1", account.id
+                "SELECT canceled_at, restartable_until, deletion_scheduled_for, reminder_due_at FROM account "
+                "WHERE id = $1",
+                account.id,
             )
         )
-        move = "UPDATE account SET canceled_at = $2, restartable_until = $3, deletion_scheduled_for = $4 WHERE id = $1"
+        move = (
+            "UPDATE account SET canceled_at = $2, restartable_until = $3, deletion_scheduled_for = $4, "
+            "reminder_due_at = $5 WHERE id = $1"
+        )
         start, *ends = (db.as_datetime(value) for value in dates.values())
         past = start - timedelta(hours=1_500)
         over = past + timedelta(hours=1_440)
-        self.run(db.execute(move, account.id, past, over, over))
+        self.run(db.execute(move, account.id, past, over, over, past))
         self.expect(errors.RestartWindowClosed, restart.restart(self.call(BILLING), account.id))
         self.run(db.execute(move, account.id, start, *ends))
 
@@ -430,8 +442,9 @@ class Lifecycle(RuleBasedStateMachine):
     @invariant()
     def access_and_messages_follow_the_status(self) -> None:
         for reference, account in self.model.items():
-            is_open = account.status != "CANCELED"
-            assert lifecycle.can_send_messages(AccountStatus(account.status)) is is_open
+            is_open = not account.has_no_access
+            view = self.run(accounts.load(account.id))
+            assert view.has_access(self.run(db.now())) is is_open
             for who in sorted(MEMBERS[reference])[:1]:
                 caller = self.expect(
                     None if is_open else errors.AccessRemoved, auth.identify(self.call(who), account.id)

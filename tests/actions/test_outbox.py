@@ -2,18 +2,20 @@
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
+from uuid import UUID
 
 import orjson
 import pytest
 
-from app import cancellation, db, outbox
+from app import accounts, cancellation, db, outbox
 from app.db import Database
-from app.errors import Contact
-from app.messages import AccountRestarted
-from app.outbox import Addressed, Claimed
+from app.errors import Contact, Refusal
+from app.messages import AccountDeleted, AccountRestarted
+from app.outbox import Addressed, Claimed, MessageView, State
 from tests.cast import ALICE, CSM, GINA, Stage
 
 MOMENT = datetime.fromisoformat("2026-11-23T11:00:00+00:00")
@@ -241,6 +243,213 @@ async def test_waiting_workers_are_woken_by_the_commit(database: Database) -> No
         waiting = asyncio.create_task(wakeups.wait(30))
         await promise()
         assert await waiting
+
+
+# --------------------------------------------------------------------------------------------- what operators do
+
+
+async def state() -> State:
+    (message,) = await outbox.page(limit=2)
+    assert [message] == await outbox.page(frozenset({message.state}), limit=2), "what is listed is what is found"
+    assert await outbox.page(frozenset(State) - {message.state}, limit=2) == []
+    return message.state
+
+
+async def test_a_message_is_in_one_state_at_a_time(database: Database) -> None:
+    await promise()
+    assert await state() is State.DUE
+    message = await claim_one()
+    assert await state() is State.CLAIMED
+    await outbox.failed(message, "451", permanent=False)
+    assert await state() is State.WAITING
+    await lapse()
+    assert await state() is State.DUE
+    await claim_one()
+    await lapse()
+    assert await state() is State.DUE, "a lease that has lapsed claims nothing"
+    await outbox.failed(await claim_one(), "550", permanent=True)
+    assert await state() is State.DEAD
+    await outbox.retry(message.id)
+    await outbox.delivered(await claim_one())
+    assert await state() is State.DELIVERED
+    await db.execute("DELETE FROM outbox")
+    await promise()
+    await outbox.drop(db.as_uuid((await only())["id"]))
+    assert await state() is State.DROPPED
+
+
+async def test_pages_go_from_the_newest_back_and_can_be_about_one_account(database: Database) -> None:
+    for _ in range(3):
+        await promise(2)
+    listed: list[MessageView] = []
+    for _ in range(3):
+        listed += await outbox.page(after=(listed[-1].created_at, listed[-1].id) if listed else None, limit=2)
+    assert [one.id for one in listed] == [db.as_uuid(row["id"]) for row in reversed(await rows())]
+    about = listed[2].account_id
+    assert {one.id for one in await outbox.page(account_id=about, limit=9)} == {
+        one.id for one in listed if one.account_id == about
+    }
+    assert await outbox.page(frozenset(), limit=9) == []
+
+
+async def test_a_dead_letter_is_retried_as_the_same_message_with_all_its_tries(database: Database) -> None:
+    await promise()
+    dead = await claim_one()
+    await outbox.failed(dead, "550 no such user", permanent=True)
+    await outbox.retry(dead.id)
+    assert (await only())["last_error"] == "550 no such user", "why it is tried again can still be read"
+    again = await claim_one()
+    assert (again.id, again.message_id, again.attempt) == (dead.id, dead.message_id, 1)
+    assert again.email() == restarted(0).email
+    assert await outbox.delivered(again)
+
+
+async def test_a_message_that_waits_is_due_at_once_when_it_is_retried(database: Database) -> None:
+    await promise()
+    message = await claim_one()
+    await outbox.failed(message, "451", permanent=False)
+    async with db.listen(outbox.CHANNEL) as wakeups:
+        assert await wakeups.wait(10)  # that listening has begun
+        while await wakeups.wait(0.05):
+            pass
+        waiting = asyncio.create_task(wakeups.wait(30))
+        await outbox.retry(message.id)
+        assert await waiting, "workers are woken"
+    assert (await claim_one()).attempt == 1
+
+
+@pytest.mark.parametrize("act", [outbox.retry, outbox.drop], ids=["retry", "drop"])
+async def test_what_is_settled_claimed_or_unknown_is_left_alone(
+    database: Database, act: Callable[[UUID], Awaitable[None]]
+) -> None:
+    async def refused(why: str) -> None:
+        before = await rows()
+        with pytest.raises(Refusal, match=why):
+            await act(db.as_uuid(before[0]["id"]) if before else db.uuid7())
+        assert await rows() == before
+
+    await refused("There is no message")
+    await promise()
+    message = await claim_one()
+    await refused("is being delivered")
+    await outbox.delivered(message)
+    await refused("was delivered at")
+    await db.execute("DELETE FROM outbox")
+    await promise()
+    await outbox.drop(db.as_uuid((await only())["id"]))
+    await refused("was dropped at")
+
+
+async def test_what_was_dropped_is_never_sent(database: Database) -> None:
+    """Also by a worker that lost its lease and comes back."""
+    await promise()
+    late = await claim_one()
+    await lapse()
+    await outbox.drop(late.id)
+    assert not await outbox.delivered(late)
+    assert not await outbox.failed(late, "451", permanent=False)
+    await lapse()
+    assert await outbox.claim(9) == []
+    row = await only()
+    assert (row["dropped_at"] is not None, row["delivered_at"], row["dead_at"]) == (True, None, None)
+    assert row["lease"] is None, "it is nobody's any more"
+    assert row["recipient_address"] == "person0@acme.example", "it stays visible"
+
+
+async def test_a_dead_letter_can_be_dropped(database: Database) -> None:
+    await promise()
+    dead = await claim_one()
+    await outbox.failed(dead, "550 no such user", permanent=True)
+    await outbox.drop(dead.id)
+    assert await state() is State.DROPPED
+    assert await outbox.retry_dead() == 0
+
+
+async def test_the_last_email_is_erased_when_it_is_dropped_and_cannot_be_retried_when_it_is_dead(
+    database: Database,
+) -> None:
+    last = AccountDeleted(
+        account_name="Acme",
+        plan_name="Essentials",
+        canceled_at=MOMENT,
+        deleted_at=MOMENT,
+        billing_contact=Contact(name="Billing Team", email="billing@vendor.example"),
+    )
+    async with db.transaction():
+        gone = [Addressed(name="Alice", address="alice@acme.example", email=last) for _ in range(2)]
+        await outbox.put(gone, account_id=db.uuid7(), now=await db.now(), mail_domain="vendor.example")
+    dead = await claim_one()
+    await outbox.failed(dead, "550 no such user", permanent=True)
+    with pytest.raises(Refusal, match="erased"):
+        await outbox.retry(dead.id)
+    assert await outbox.retry_dead() == 0
+    (other,) = await outbox.page(frozenset({State.DUE}), limit=9)
+    for id_ in (dead.id, other.id):
+        await outbox.drop(id_)
+    assert {(row["recipient_name"], row["recipient_address"], row["facts"]) for row in await rows()} == {("", "", "{}")}
+
+
+async def test_all_dead_letters_are_retried_and_nothing_else(database: Database) -> None:
+    await promise(4)
+    one, other, waiting, _ = await outbox.claim(4)
+    await outbox.failed(one, "550", permanent=True)
+    await outbox.failed(other, "550", permanent=True)
+    await outbox.failed(waiting, "451", permanent=False)
+    assert await outbox.retry_dead() == 2
+    assert {message.id for message in await outbox.claim(9)} == {one.id, other.id}
+
+
+@pytest.mark.postgres
+async def test_nothing_becomes_due_behind_the_back_of_a_deletion(postgres_house: Stage) -> None:
+    """A dead letter that is retried while the account is being erased goes with it, and is not sent any more."""
+    await postgres_house.cancel()
+    message, _ = await outbox.claim(9)
+    await outbox.failed(message, "550 no such user", permanent=True)
+    account_id, dead = message.account_id, message.id
+    assert account_id is not None
+    locked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def erase() -> None:
+        async with db.transaction():
+            await accounts.lock_row(account_id)
+            locked.set()
+            await go_on.wait()
+            await db.execute("DELETE FROM outbox WHERE account_id = $1", account_id)
+
+    erasing = asyncio.create_task(erase())
+    await locked.wait()
+    retrying = asyncio.create_task(outbox.retry(dead))
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    while not retrying.done() and not await db.fetch(waiting):  # noqa: ASYNC110  the server has no event to wait for
+        await asyncio.sleep(0.01)
+    assert await outbox.claim(9) == []
+    go_on.set()
+    await erasing
+    with pytest.raises(Refusal, match="There is no message"):
+        await retrying
+
+
+@pytest.mark.postgres
+async def test_a_message_is_claimed_or_dropped_and_never_both(postgres_database: Database) -> None:
+    """Operators and workers at the same time: what was dropped no worker has, and what one has was not dropped."""
+    await promise(60)
+    ids = [db.as_uuid(row["id"]) for row in await rows()]
+
+    async def drop(id_: UUID) -> UUID | None:
+        try:
+            await outbox.drop(id_)
+        except Refusal:
+            return None
+        return id_
+
+    dropped, claimed = await asyncio.gather(
+        asyncio.gather(*map(drop, ids)), asyncio.gather(*(outbox.claim(5) for _ in range(12)))
+    )
+    theirs = {message.id for share in claimed for message in share}
+    assert theirs.isdisjoint(dropped)
+    assert theirs | set(dropped) - {None} <= set(ids)
+    assert all([await outbox.delivered(message) for share in claimed for message in share])
+    assert len(theirs) + len(set(dropped) - {None}) + len(await outbox.claim(60)) == 60
 
 
 async def test_the_rows_of_the_database_hold_no_secret(house: Stage) -> None:

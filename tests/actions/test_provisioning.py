@@ -35,6 +35,9 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
         tokens=Tokens.from_settings(settings),
         mail_domain="sunset.example",
         member_issuer="https://id.example/",
+        rate_limit_caller=0,
+        rate_limit_account=0,
+        request_timeout=timedelta(seconds=10),
     )
 
 
@@ -514,7 +517,7 @@ async def test_a_demo_that_was_broken_off_is_finished(database: Database, instal
     await hire_csm()
     assert await demo.make(installation)
     assert await Account.all().count() == 4
-    assert len(await provisioning.list_staff()) == 3
+    assert len(await provisioning.list_staff()) == 4
 
 
 async def test_the_demo_keeps_out_of_a_database_with_staff_of_its_own(

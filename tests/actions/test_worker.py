@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from app import cancellation, db, outbox, policy
+from app import db, outbox, policy
 from app import worker as worker_module
 from app.db import Database
 from app.delivery.email import SmtpMailer
@@ -259,7 +259,7 @@ async def test_an_account_that_cannot_be_moved_holds_up_neither_mail_nor_others(
             "UPDATE account SET cancellation_effective_at = created_at WHERE status = 'CANCELLATION_SCHEDULED'"
         )
         await db.execute("UPDATE account SET plan_code = 'gone' WHERE reference = 'acme'")
-        assert await cancellation.run_due(house.installation) == 1
+        assert await house.timers().run() == 1
         found = await db.fetch("SELECT reference, status FROM account WHERE reference IN ('acme', 'initech')")
         assert {row["reference"]: row["status"] for row in found} == {
             "acme": "CANCELLATION_SCHEDULED",
@@ -268,7 +268,7 @@ async def test_an_account_that_cannot_be_moved_holds_up_neither_mail_nor_others(
         async with running(smtp_worker(house, server)):
             await until(all_settled, "all delivered")
         await db.execute("UPDATE account SET plan_code = 'essentials' WHERE reference = 'acme'")
-        assert await cancellation.run_due(house.installation) == 1
+        assert await house.timers().run() == 1
 
 
 # ------------------------------------------------------------------------------------------------- ways to go away

@@ -43,7 +43,8 @@ STATES = ("ACTIVE", "ASSISTANCE", "PENDING", "SCHEDULED", "CANCELED", "CLOSED", 
 #
 # ok: done, or shown. null: nothing there. forbidden, removed: the top-level errors FORBIDDEN and ACCESS_REMOVED.
 # missing: NotFoundError, denied: PermissionDeniedError, state: AccountStateError, asked:
-# CancellationAlreadyRequestedError, closed: RestartWindowClosedError. One word stands for all states.
+# CancellationAlreadyRequestedError, closed: RestartWindowClosedError, clear: DeletionsNotHaltedError. One word stands
+# for all states.
 #
 # Members whose account is canceled are told so, whatever they ask; once its data is gone nobody knows them.
 TABLE = """
@@ -88,7 +89,31 @@ accounts
   feedback_link, restart_link      forbidden
   ungranted_link, foreign_link     forbidden
 
+deliveries
+  admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  stranger, host, gatekeeper       forbidden
+  csm, other_csm, billing, support ok
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
 cancellationRequests
+  admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  stranger, host, gatekeeper       forbidden
+  csm, other_csm, billing, support ok
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+deletions
+  admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  stranger, host, gatekeeper       forbidden
+  csm, other_csm, billing, support ok
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+deletionBreaker
   admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
   stranger, host, gatekeeper       forbidden
   csm, other_csm, billing, support ok
@@ -200,6 +225,43 @@ requestRestart
   ungranted_link                   missing   missing   missing   missing   missing   missing   missing   forbidden
   foreign_link                     state
 
+holdDeletion
+  admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
+  billing                          state     state     state     state     ok        ok        state     state
+  csm, other_csm, support          denied
+  stranger, host, gatekeeper       missing
+  confirm_link                     denied    denied    denied    denied    removed   removed   removed   forbidden
+  feedback_link, restart_link      denied    denied    denied    denied    denied    denied    denied    forbidden
+  ungranted_link                   missing   missing   missing   missing   missing   missing   missing   forbidden
+  foreign_link                     missing
+
+releaseDeletion
+  admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
+  billing                          state
+  csm, other_csm, support          denied
+  stranger, host, gatekeeper       missing
+  confirm_link                     denied    denied    denied    denied    removed   removed   removed   forbidden
+  feedback_link, restart_link      denied    denied    denied    denied    denied    denied    denied    forbidden
+  ungranted_link                   missing   missing   missing   missing   missing   missing   missing   forbidden
+  foreign_link                     missing
+
+approveDeletions
+  admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  stranger, host, gatekeeper       forbidden
+  billing                          clear
+  csm, other_csm, support          denied
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+advanceClock
+  admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  stranger, host, gatekeeper       forbidden
+  csm, other_csm, billing, support ok
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
 syncAccounts
   admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
   host                             ok
@@ -226,6 +288,7 @@ WORDS = {
     "AccountStateError": "state",
     "CancellationAlreadyRequestedError": "asked",
     "RestartWindowClosedError": "closed",
+    "DeletionsNotHaltedError": "clear",
 }
 
 SCHEMA = graphql.build_schema(printed())
@@ -298,6 +361,10 @@ class Scene:
                 "accountName": "Acme",
             },
             "restartAccount": {"accountId": account},
+            "holdDeletion": {"accountId": account, "note": "They called."},
+            "releaseDeletion": {"accountId": account, "note": "They called."},
+            "approveDeletions": {"count": 1, "note": "They called."},
+            "advanceClock": {"by": "1s"},
             "syncAccounts": {"accounts": [{"reference": "hooli", "name": "Hooli", "planCode": "startup"}]},
         }
         return known.get(operation, {})
@@ -413,7 +480,10 @@ async def put_into(state: str, stage: Stage, account_id: UUID) -> UUID:
     if state in {"CLOSED", "DELETING", "DELETED"}:
         over = now - timedelta(minutes=1)
         await Account.filter(id=account_id).update(
-            canceled_at=over - timedelta(days=60), restartable_until=over, deletion_scheduled_for=over
+            canceled_at=over - timedelta(days=60),
+            restartable_until=over,
+            deletion_scheduled_for=over,
+            reminder_due_at=None,
         )
     if state in {"DELETING", "DELETED"}:
         await Account.filter(id=account_id).update(status="DELETING", deletion_started_at=now)
@@ -568,7 +638,7 @@ async def test_a_foreign_id_an_unknown_id_and_no_id_at_all_are_answered_alike(sc
                 others = [await scene.answer(operation, caller, given | {key: one}) for one in malformed]
                 assert all(json.dumps(foreign) == json.dumps(other) for other in others), f"{operation} by {caller}"
                 tried += 1
-    assert tried == 4 * 10
+    assert tried == 4 * 12
 
 
 async def test_a_canceled_account_is_told_apart_from_none_by_its_own_members_alone(scene: Scene, state: str) -> None:

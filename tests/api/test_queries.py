@@ -334,6 +334,7 @@ class TestTheCost:
 
     async def test_of_ones_accounts_does_not_grow_with_them(self, house: Stage, statements: Callable[[], Any]) -> None:
         document = "{ viewer { memberships(first: 100) { edges { node { role account { name plan { code } } } } } } }"
+        await house.ask(ALICE, document)  # the clock that tokens are judged by is read once a minute
         with statements() as run:
             answer = await house.ask(ALICE, document)
         assert len(answer["data"]["viewer"]["memberships"]["edges"]) == 1

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from app import cancellation, db, policy
+from app import db, policy
 from app.db import Database
 from app.lifecycle import CancellationTiming, Channel
 from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, GINA, SUPPORT, Stage, stage
@@ -252,8 +252,8 @@ async def test_a_request_not_confirmed_in_time_expires(house: Stage) -> None:
     }
     late = await house.do(ALICE, "confirmCancellation", **confirm)
     assert late["__typename"] == "ConfirmationExpiredError"
-    assert await cancellation.run_due(house.installation) == 1
-    assert await cancellation.run_due(house.installation) == 0
+    assert await house.timers().run() == 1
+    assert await house.timers().run() == 0
     fresh = await house.request_cancellation()
     assert fresh["request"]["id"] != asked["request"]["id"]
 
@@ -274,13 +274,13 @@ async def test_a_period_end_plan_is_scheduled_can_be_withdrawn_and_takes_effect_
         withdrawn = await house.do(ALICE, "withdrawCancellation", accountId=done["account"]["id"])
         assert withdrawn["__typename"] == "WithdrawCancellationSuccess"
         await house.cancel()
-        assert await cancellation.run_due(house.installation) == 0
+        assert await house.timers().run() == 0
         await db.execute(
             "UPDATE cancellation_request SET confirmed_at = requested_at, effective_at = requested_at "
             "WHERE status = 'CONFIRMED'"
         )
         await db.execute("UPDATE account SET cancellation_effective_at = created_at WHERE reference = 'acme'")
-        assert await cancellation.run_due(house.installation) == 1
+        assert await house.timers().run() == 1
         refused = await house.ask(BOB, "{ viewer { name } }")
         assert refused["errors"][0]["extensions"]["code"] == "ACCESS_REMOVED"
 
@@ -289,8 +289,8 @@ async def test_after_the_window_a_restart_says_to_set_up_a_new_account(house: St
     done = await house.cancel()
     past = datetime.now(UTC) - timedelta(minutes=1)
     await db.execute(
-        "UPDATE account SET canceled_at = $1, restartable_until = $2, deletion_scheduled_for = $2 "
-        "WHERE reference = 'acme'",
+        "UPDATE account SET canceled_at = $1, restartable_until = $2, deletion_scheduled_for = $2, "
+        "reminder_due_at = NULL WHERE reference = 'acme'",
         past - timedelta(days=60),
         past,
     )

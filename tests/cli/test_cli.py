@@ -11,7 +11,6 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jwt
 import pytest
@@ -19,6 +18,7 @@ import pytest
 from app import cli, policy
 from app.graphql.schema import printed
 from app.settings import Settings
+from tests.cli.conftest import Result, Run
 
 PRODUCTION = {
     "SUNSET_ENVIRONMENT": "production",
@@ -28,46 +28,6 @@ PRODUCTION = {
     "SUNSET_OIDC_AUDIENCE": "sunset",
     "SUNSET_SMTP_URL": "smtp://user:pa55word@mail.company.example",
 }
-
-
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing of the machine's own settings; data in the test's folder; help in one width."""
-    for name in [name for name in os.environ if name.startswith("SUNSET_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SUNSET_DATA_DIR", str(tmp_path / "var"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture
-def sunset(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process."""
-
-    def run(*arguments: str) -> Result:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
-        out, err = capfd.readouterr()
-        status = ended.value.code
-        assert isinstance(status, int)
-        return Result(status, out, err)
-
-    return run
-
-
-@pytest.fixture
-def migrated(sunset: Run) -> Run:
-    assert sunset("migrate").status == 0
-    return sunset
 
 
 def one_line(result: Result) -> str:
@@ -95,6 +55,8 @@ def test_every_command_says_what_it_does(sunset: Run) -> None:
         "token",
         "config",
         "schema",
+        "deliveries",
+        "doctor",
         "policy",
         "emails",
         "staff",

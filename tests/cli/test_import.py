@@ -4,6 +4,7 @@ import gc
 import io
 import tracemalloc
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
         tokens=Tokens.from_settings(settings),
         mail_domain="sunset.example",
         member_issuer=DEVELOPMENT_ISSUER,
+        rate_limit_caller=0,
+        rate_limit_account=0,
+        request_timeout=timedelta(seconds=10),
     )
 
 

@@ -382,6 +382,22 @@ async def test_mail_travels_over_tls_to_a_server_with_a_trusted_certificate(
 
 
 @pytest.mark.parametrize("implicit", [False, True], ids=["starttls", "smtps"])
+async def test_a_check_goes_as_far_as_a_message_does_and_leaves_no_connection(
+    implicit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, certificate = self_made_certificate(tmp_path)
+    with SmtpServer(tls=context, implicit_tls=implicit, login=("sunset", "secret")) as server:
+        url = server.url.replace("//", "//sunset:secret@")
+        with pytest.raises(DeliveryError, match="certificate"):
+            await SmtpMailer(url, starttls=True, deadline=20).check()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        told = await SmtpMailer(url, starttls=True, deadline=20).check()
+        assert server.commands[-1] == "QUIT"
+        assert server.messages == []
+    assert ("TLS, logged in" if implicit else "STARTTLS, logged in") in told
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["starttls", "smtps"])
 async def test_a_certificate_that_nobody_vouches_for_is_temporary_and_alarms(implicit: bool, tmp_path: Path) -> None:
     context, _ = self_made_certificate(tmp_path)
     with SmtpServer(tls=context, implicit_tls=implicit) as server, capture_logs() as logs:

@@ -52,7 +52,8 @@ class _Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        self.parts.append(data)
+        if self.lasttag not in {"title", "style"}:  # people see neither
+            self.parts.append(data)
 
     @property
     def text(self) -> str:
@@ -87,8 +88,10 @@ def told(value: object, name: str) -> Iterator[str]:
     match value:
         case datetime():
             yield moment(value)
-        case int() if name.endswith("_hours"):
+        case int() if "hours" in name:
             yield duration(value)
+        case int():
+            yield str(value)
         case messages.Link():
             yield sign(value)
         case Contact():
@@ -131,6 +134,9 @@ def test_a_policy_with_other_times_changes_every_number() -> None:
         plans=plans,
         assistance_response=timedelta(hours=36),
         confirmation_lifetime=timedelta(hours=1),
+        reminder_days=(21,),
+        minimum_notice=timedelta(days=4),
+        breaker_at_least=70,
     )
     before, after = everything(SHIPPED), everything(other)
 
@@ -143,6 +149,14 @@ def test_a_policy_with_other_times_changes_every_number() -> None:
     assert "November 26, 2026, 14:05 UTC" in before
     assert "November 26, 2026, 14:05 UTC" not in after
     assert "November 23, 2026, 15:05 UTC" in after
+    assert "will be deleted in 30 days" in before
+    assert "will be deleted in 30 days" not in after
+    assert "will be deleted in 21 days" in after
+    assert "will be deleted on November 30, 2026, 14:05 UTC" in before
+    assert "will be deleted on November 27, 2026, 14:05 UTC" in after
+    assert "10 allowed" in before
+    assert "10 allowed" not in after
+    assert "70 allowed" in after
 
 
 def everything(of: Policy) -> str:
@@ -156,6 +170,46 @@ def test_a_plan_that_is_kept_for_36_hours_says_so() -> None:
     rendered = written(replace(email, retention_hours=36))
     assert "kept for 36 hours" in words(rendered.text)
     assert "kept for 36 hours" in _Page(rendered.html).text
+
+
+def reminder(**facts: Any) -> Rendered:
+    email, _ = SAMPLES["deletion-reminder"]
+    return written(replace(email, **facts))
+
+
+@pytest.mark.parametrize(("hours", "said"), [(168, "in 7 days"), (47, "in 47 hours"), (0, "within the hour")])
+def test_a_reminder_tells_how_long_is_left(hours: int, said: str) -> None:
+    """A worker that was away reminds late, and then says how late it is."""
+    rendered = reminder(hours_left=hours)
+    assert rendered.subject == f"The data of Acme will be deleted {said}"
+    assert f"will be deleted for good {said}." in words(rendered.text)
+    assert f"will be deleted for good {said}." in _Page(rendered.html).text
+
+
+def test_a_reminder_after_the_time_to_restart_promises_no_restart() -> None:
+    rendered = reminder(restart_link=None)
+    page = _Page(rendered.html)
+    for said in (words(rendered.text), page.text):
+        assert "The time to restart the account is over." in said
+        assert "ask for a restart" not in said.lower()
+        assert said.count(SHIPPED.billing_team.email) == 1
+    assert page.links == [f"mailto:{SHIPPED.billing_team.email}"]
+
+
+@pytest.mark.parametrize("template", ["assistance-reminder", "assistance-escalated"])
+def test_a_request_of_somebody_who_is_no_longer_a_member_names_no_one_to_write_to(template: str) -> None:
+    email, _ = SAMPLES[template]
+    assert isinstance(email, messages.AssistanceRequested)
+    rendered = written(replace(email, member=Contact(name="A former member", email="")))
+    page = _Page(rendered.html)
+
+    assert "Asked by: A former member\n" in rendered.text
+    assert re.search("Asked by A former member (Received|Customer Success Manager) ", page.text)
+    for said in (words(rendered.text), page.text):
+        assert "A former member asked to cancel" in said
+        assert re.search("[Tt]alk to a member who can manage billing", said)
+        assert "()" not in said
+    assert "mailto:" not in page.links
 
 
 @pytest.mark.parametrize(
@@ -281,6 +335,24 @@ def test_the_notice_tells_the_others_who_canceled() -> None:
     assert rendered.subject == "The account Acme was canceled by Alice Adams"
 
 
+def test_the_last_email_says_that_it_is_the_last() -> None:
+    email, _ = SAMPLES["account-deleted"]
+    rendered = written(email)
+    for said in (words(rendered.text), _Page(rendered.html).text):
+        assert "This is the last email about the account." in said
+        assert "is erased from the account's records" in said
+        assert "a new account would have to be set up" in said
+
+
+def test_an_email_without_an_account_names_none() -> None:
+    """The operators' is about the installation."""
+    email, _ = SAMPLES["deletions-halted"]
+    assert not isinstance(email, messages.AccountEmail)
+    rendered = written(email, name="Operators")
+    assert "it is the operators who are told when deletions stop" in words(rendered.text)
+    assert not re.search(r"[Tt]he account\b", rendered.text + _Page(rendered.html).text)
+
+
 def test_the_preview_writes_every_email_in_three_forms(tmp_path: Path) -> None:
     files = preview(tmp_path / "emails", SHIPPED)
 
@@ -297,5 +369,5 @@ def test_the_preview_writes_every_email_in_three_forms(tmp_path: Path) -> None:
 
 def test_the_preview_takes_any_policy(tmp_path: Path) -> None:
     only = replace(SHIPPED.plan("startup"), code="basic", name="Basic")
-    assert preview(tmp_path, replace(SHIPPED, plans={"basic": only}, offers=()))
+    assert preview(tmp_path, replace(SHIPPED, plans={"basic": only}, offers=(), reminder_days=()))
     assert "Basic plan" in (tmp_path / "cancellation-confirmed.txt").read_text()

@@ -35,44 +35,51 @@ BILLING = Contact(name="Billing Team", email="billing@vendor.example")
 # state: the account is in another state; asked: somebody else has asked already; closed: too late, a new account must
 # be set up. The open request, where there is one, is the asking member's own.
 RULES = """
-                         ACTIVE  ASSISTANCE_PENDING  CONFIRMATION_PENDING  SCHEDULED  CANCELED  DELETING  DELETED
+                        ACTIVE  ASSISTANCE_PENDING  CONFIRMATION_PENDING  SCHEDULED  CANCELED  HELD   DELETING  DELETED
 
 CANCEL_ACCOUNT
-  BILLING_MEMBER         yes     yes                 yes                   state      state     state     state
-  ACCOUNT_CSM            yes     yes                 asked                 state      state     state     state
-  BILLING_TEAM           yes     yes                 asked                 state      state     state     state
-  everybody else         no      no                  no                    no         no        no        no
+  BILLING_MEMBER         yes     yes                 yes                   state      state     state   state     state
+  ACCOUNT_CSM            yes     yes                 asked                 state      state     state   state     state
+  BILLING_TEAM           yes     yes                 asked                 state      state     state   state     state
+  everybody else         no      no                  no                    no         no        no      no        no
 
 SUBMIT_FEEDBACK
-  BILLING_MEMBER         yes     yes                 yes                   yes        yes       state     state
-  FEEDBACK_LINK          yes     yes                 yes                   yes        yes       state     state
-  everybody else         no      no                  no                    no         no        no        no
+  BILLING_MEMBER         yes     yes                 yes                   yes        yes       yes     state     state
+  FEEDBACK_LINK          yes     yes                 yes                   yes        yes       yes     state     state
+  everybody else         no      no                  no                    no         no        no      no        no
 
 ACCEPT_OFFER
-  BILLING_MEMBER         state   yes                 yes                   state      state     state     state
-  everybody else         no      no                  no                    no         no        no        no
+  BILLING_MEMBER         state   yes                 yes                   state      state     state   state     state
+  everybody else         no      no                  no                    no         no        no      no        no
 
 DECLINE_OFFER
-  BILLING_MEMBER         state   yes                 yes                   state      state     state     state
-  everybody else         no      no                  no                    no         no        no        no
+  BILLING_MEMBER         state   yes                 yes                   state      state     state   state     state
+  everybody else         no      no                  no                    no         no        no      no        no
 
 WITHDRAW_CANCELLATION
-  BILLING_MEMBER         state   yes                 yes                   yes        state     state     state
-  ACCOUNT_CSM            state   yes                 yes                   yes        state     state     state
-  everybody else         no      no                  no                    no         no        no        no
+  BILLING_MEMBER         state   yes                 yes                   yes        state     state   state     state
+  ACCOUNT_CSM            state   yes                 yes                   yes        state     state   state     state
+  everybody else         no      no                  no                    no         no        no      no        no
 
 CONFIRM_CANCELLATION
-  BILLING_MEMBER         state   state               yes                   state      state     state     state
-  CONFIRM_LINK           state   state               yes                   state      state     state     state
-  everybody else         no      no                  no                    no         no        no        no
+  BILLING_MEMBER         state   state               yes                   state      state     state   state     state
+  CONFIRM_LINK           state   state               yes                   state      state     state   state     state
+  everybody else         no      no                  no                    no         no        no      no        no
 
 RESTART_ACCOUNT
-  BILLING_TEAM           state   state               state                 state      yes       closed    closed
-  everybody else         no      no                  no                    no         no        no        no
+  BILLING_TEAM           state   state               state                 state      yes       yes     closed    closed
+  everybody else         no      no                  no                    no         no        no      no        no
 
 REQUEST_RESTART
-  RESTART_LINK           state   state               state                 state      yes       closed    closed
-  everybody else         no      no                  no                    no         no        no        no
+  RESTART_LINK           state   state               state                 state      yes       yes     closed    closed
+  everybody else         no      no                  no                    no         no        no      no        no
+HOLD_DELETION
+  BILLING_TEAM           state   state               state                 state      yes       state   state     state
+  everybody else         no      no                  no                    no         no        no      no        no
+
+RELEASE_DELETION
+  BILLING_TEAM           state   state               state                 state      state     yes     state     state
+  everybody else         no      no                  no                    no         no        no      no        no
 """
 
 ANSWERS: dict[str, type[errors.Refusal] | None] = {
@@ -143,6 +150,7 @@ def account(status: AccountStatus = AccountStatus.ACTIVE, **changes: object) -> 
         cancellation_effective_at=None,
         restartable_until=window_ends,
         deletion_scheduled_for=window_ends,
+        deletion_held_at=None,
         csm=CSM,
         billing_contact=BILLING,
         request=None,
@@ -156,6 +164,7 @@ IN_PHASE = {
     Phase.CONFIRMATION_PENDING: account(request=request()),
     Phase.SCHEDULED: account(AccountStatus.CANCELLATION_SCHEDULED, request=request(RequestStatus.CONFIRMED)),
     Phase.CANCELED: account(AccountStatus.CANCELED),
+    Phase.HELD: account(AccountStatus.CANCELED, deletion_held_at=NOW - timedelta(days=1), deletion_scheduled_for=None),
     Phase.DELETING: account(AccountStatus.DELETING),
     Phase.DELETED: account(AccountStatus.DELETED),
 }
@@ -425,8 +434,13 @@ class TestRetentionWindow:
     ],
 )
 def test_messages_and_access_stop_with_the_cancellation(status: AccountStatus, works: bool) -> None:
-    assert lifecycle.can_send_messages(status) is works
-    assert lifecycle.members_can_sign_in(status) is works
+    assert lifecycle.has_access(status, None, NOW) is works
+
+
+@pytest.mark.parametrize(("effective_at", "works"), [(NOW + timedelta(seconds=1), True), (NOW, False)])
+def test_a_scheduled_cancellation_takes_access_away_at_its_moment(effective_at: datetime, works: bool) -> None:
+    """Also when the worker that carries it out is late."""
+    assert lifecycle.has_access(AccountStatus.CANCELLATION_SCHEDULED, effective_at, NOW) is works
 
 
 @pytest.mark.parametrize(("effective_at", "withdrawable"), [(NOW + timedelta(seconds=1), True), (NOW, False)])

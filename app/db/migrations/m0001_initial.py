@@ -1,87 +1,56 @@
-"""The first schema, and the rules that hold against hand-written SQL on both engines.
+"""The first schema, and the rules that hold against hand-written SQL on both engines. `app.db.rules` has the words."""
 
-Tables and columns come from `CreateModel`, with plain columns: codes are text, because the enums in `app.lifecycle`
-move on and this file does not. Everything else is one operation of SQL, generated below for both engines from the
-same conditions, in which NEW and OLD are the row:
-
-* CHECKS: conditions on one row. CHECK constraints on PostgreSQL, triggers on SQLite (which adds checks to a table
-  only by remaking it).
-* REFUSALS: conditions on a change (status arrows, append-only rows, a canceled account's members). Triggers on both.
-* On SQLite also the types: its columns take anything, and times and ids are compared as text there.
-
-What is refused raises an integrity error that names the rule.
-"""
-
-from typing import Any, NamedTuple
+from typing import Any
 
 from tortoise import fields
-from tortoise.fields.base import Field, OnDelete
-from tortoise.migrations import CreateModel, RunPython
 from tortoise.migrations import Migration as TortoiseMigration
+from tortoise.migrations import RunPython
 from tortoise.migrations.schema_editor.base import BaseSchemaEditor
 
-from app.db import UtcDatetimeField
-
-
-def _key() -> Any:
-    return fields.UUIDField(primary_key=True)
-
-
-def _to(model: str, related_name: str, *, null: bool = False) -> Any:
-    options: dict[str, Any] = {"null": null, "on_delete": OnDelete.RESTRICT}
-    return fields.ForeignKeyField(f"models.{model}", related_name=related_name, **options)
-
-
-def _text(length: int, *, null: bool = False) -> Any:
-    options: dict[str, Any] = {"null": null}
-    return fields.CharField(max_length=length, **options)
-
-
-def _table(model: str, table: str, columns: list[tuple[str, Any]]) -> CreateModel:
-    return CreateModel(name=model, fields=columns, options={"table": table, "app": "models"})
-
+from app.db import UtcDatetimeField, rules
+from app.db.rules import Check, Refusal, exactly, key, not_along, one_of, table, text, to
 
 TABLES = [
-    _table(
+    table(
         "Staff",
         "staff",
         [
-            ("id", _key()),
-            ("issuer", _text(255)),
-            ("subject", _text(255)),
-            ("email", _text(254)),
-            ("name", _text(200)),
-            ("role", _text(32)),
+            ("id", key()),
+            ("issuer", text(255)),
+            ("subject", text(255)),
+            ("email", text(254)),
+            ("name", text(200)),
+            ("role", text(32)),
             ("created_at", UtcDatetimeField()),
             ("deactivated_at", UtcDatetimeField(null=True)),
         ],
     ),
-    _table(
+    table(
         "Service",
         "service",
         [
-            ("id", _key()),
-            ("issuer", _text(255)),
-            ("subject", _text(255)),
-            ("name", _text(64)),
-            ("scopes", _text(255)),
+            ("id", key()),
+            ("issuer", text(255)),
+            ("subject", text(255)),
+            ("name", text(64)),
+            ("scopes", text(255)),
             ("created_at", UtcDatetimeField()),
             ("deactivated_at", UtcDatetimeField(null=True)),
         ],
     ),
-    _table(
+    table(
         "Account",
         "account",
         [
-            ("id", _key()),
-            ("reference", _text(200)),
-            ("name", _text(200)),
-            ("plan_code", _text(64)),
-            ("status", _text(32)),
+            ("id", key()),
+            ("reference", text(200)),
+            ("name", text(200)),
+            ("plan_code", text(64)),
+            ("status", text(32)),
             ("epoch", fields.IntField()),
             ("last_sequence", fields.IntField()),
             ("current_period_end", UtcDatetimeField(null=True)),
-            ("csm", _to("Staff", "accounts", null=True)),
+            ("csm", to("Staff", "accounts", null=True)),
             ("cancellation_effective_at", UtcDatetimeField(null=True)),
             ("canceled_at", UtcDatetimeField(null=True)),
             ("restartable_until", UtcDatetimeField(null=True)),
@@ -92,38 +61,38 @@ TABLES = [
             ("created_at", UtcDatetimeField()),
         ],
     ),
-    _table(
+    table(
         "Member",
         "member",
         [
-            ("id", _key()),
-            ("account", _to("Account", "members")),
-            ("issuer", _text(255)),
-            ("subject", _text(255)),
-            ("email", _text(254)),
-            ("name", _text(200)),
-            ("role", _text(16)),
-            ("permissions", _text(255)),
+            ("id", key()),
+            ("account", to("Account", "members")),
+            ("issuer", text(255)),
+            ("subject", text(255)),
+            ("email", text(254)),
+            ("name", text(200)),
+            ("role", text(16)),
+            ("permissions", text(255)),
             ("created_at", UtcDatetimeField()),
         ],
     ),
-    _table(
+    table(
         "CancellationRequest",
         "cancellation_request",
         [
-            ("id", _key()),
-            ("account", _to("Account", "cancellation_requests")),
-            ("status", _text(32)),
-            ("channel", _text(16)),
-            ("plan_code", _text(64)),
+            ("id", key()),
+            ("account", to("Account", "cancellation_requests")),
+            ("status", text(32)),
+            ("channel", text(16)),
+            ("plan_code", text(64)),
             ("requested_at", UtcDatetimeField()),
-            ("requested_by_kind", _text(16)),
+            ("requested_by_kind", text(16)),
             ("requested_by_id", fields.UUIDField()),
             ("assistance_requested_at", UtcDatetimeField(null=True)),
             ("opened_by_staff_at", UtcDatetimeField(null=True)),
             ("opened_by_staff_id", fields.UUIDField(null=True)),
             ("staff_note", fields.TextField(null=True)),
-            ("confirmation_token_hash", _text(64, null=True)),
+            ("confirmation_token_hash", text(64, null=True)),
             ("confirmation_generation", fields.IntField()),
             ("confirmation_expires_at", UtcDatetimeField(null=True)),
             ("wrong_tries", fields.IntField()),
@@ -134,75 +103,75 @@ TABLES = [
             ("closed_at", UtcDatetimeField(null=True)),
         ],
     ),
-    _table(
+    table(
         "Feedback",
         "feedback",
         [
-            ("id", _key()),
-            ("account", _to("Account", "feedback")),
-            ("request", _to("CancellationRequest", "feedback")),
-            ("reason", _text(32)),
+            ("id", key()),
+            ("account", to("Account", "feedback")),
+            ("request", to("CancellationRequest", "feedback")),
+            ("reason", text(32)),
             ("comment", fields.TextField(null=True)),
             ("submitted_by_id", fields.UUIDField()),
             ("submitted_at", UtcDatetimeField()),
         ],
     ),
-    _table(
+    table(
         "Offer",
         "offer",
         [
-            ("id", _key()),
-            ("account", _to("Account", "offers")),
-            ("request", _to("CancellationRequest", "offers")),
-            ("code", _text(64)),
-            ("kind", _text(32)),
-            ("title", _text(200)),
+            ("id", key()),
+            ("account", to("Account", "offers")),
+            ("request", to("CancellationRequest", "offers")),
+            ("code", text(64)),
+            ("kind", text(32)),
+            ("title", text(200)),
             ("description", fields.TextField()),
-            ("status", _text(16)),
+            ("status", text(16)),
             ("offered_at", UtcDatetimeField()),
             ("answered_at", UtcDatetimeField(null=True)),
             ("answered_by_id", fields.UUIDField(null=True)),
         ],
     ),
-    _table(
+    table(
         "RestartRequest",
         "restart_request",
         [
-            ("id", _key()),
-            ("account", _to("Account", "restart_requests")),
-            ("request", _to("CancellationRequest", "restart_requests")),
+            ("id", key()),
+            ("account", to("Account", "restart_requests")),
+            ("request", to("CancellationRequest", "restart_requests")),
             ("requested_by_id", fields.UUIDField()),
             ("note", fields.TextField(null=True)),
             ("requested_at", UtcDatetimeField()),
         ],
     ),
-    _table(
+    table(
         "Transition",
         "transition",
         [
-            ("id", _key()),
-            ("account", _to("Account", "transitions")),
+            ("id", key()),
+            ("account", to("Account", "transitions")),
             ("sequence", fields.IntField()),
             ("epoch", fields.IntField()),
-            ("type", _text(64)),
+            ("type", text(64)),
             ("request_id", fields.UUIDField(null=True)),
-            ("actor_kind", _text(16)),
+            ("actor_kind", text(16)),
             ("actor_id", fields.UUIDField(null=True)),
-            ("account_status", _text(32)),
+            ("account_status", text(32)),
             ("occurred_at", UtcDatetimeField()),
         ],
     ),
-    _table(
+    table(
         "OutboxMessage",
         "outbox",
         [
-            ("id", _key()),
+            ("id", key()),
             ("account_id", fields.UUIDField(null=True)),
-            ("template", _text(64)),
-            ("recipient_name", _text(200)),
-            ("recipient_address", _text(254)),
+            ("template", text(64)),
+            ("recipient_name", text(200)),
+            ("recipient_address", text(254)),
             ("facts", fields.JSONField[dict[str, Any]]()),
-            ("message_id", _text(255)),
+            ("message_id", text(255)),
             ("created_at", UtcDatetimeField()),
             ("due_at", UtcDatetimeField()),
             ("lease", fields.UUIDField(null=True)),
@@ -212,15 +181,15 @@ TABLES = [
             ("last_error", fields.TextField(null=True)),
         ],
     ),
-    _table(
+    table(
         "IdempotencyRecord",
         "idempotency_record",
         [
-            ("id", _key()),
-            ("caller", _text(64)),
-            ("mutation", _text(64)),
-            ("key", _text(255)),
-            ("fingerprint", _text(64)),
+            ("id", key()),
+            ("caller", text(64)),
+            ("mutation", text(64)),
+            ("key", text(255)),
+            ("fingerprint", text(64)),
             ("account_id", fields.UUIDField(null=True)),
             ("answer", fields.JSONField[dict[str, Any]]()),
             ("created_at", UtcDatetimeField()),
@@ -229,39 +198,21 @@ TABLES = [
 ]
 
 
-def _one_of(column: str, codes: str) -> str:
-    return f"NEW.{column} IN ({', '.join(repr(code) for code in codes.split())})"
-
-
-def _exactly(column: str, condition: str) -> str:
-    return f"(NEW.{column} IS NOT NULL) = ({condition})"
-
-
 ACCOUNT_STATUSES = "ACTIVE CANCELLATION_SCHEDULED CANCELED DELETING DELETED"
 ACTOR_KINDS = "MEMBER STAFF SERVICE SYSTEM"
 
 
-class Check(NamedTuple):
-    """A condition that every row of `table` meets."""
-
-    table: str
-    name: str
-    condition: str
-
-
 CHECKS = [
-    Check("staff", "role", _one_of("role", "BILLING_TEAM CUSTOMER_SUCCESS_MANAGER SUPPORT")),
+    Check("staff", "role", one_of("role", "BILLING_TEAM CUSTOMER_SUCCESS_MANAGER SUPPORT")),
     Check("account", "epoch", "NEW.epoch >= 0"),
-    Check("account", "canceled_at", _exactly("canceled_at", _one_of("status", "CANCELED DELETING DELETED"))),
-    Check(
-        "account", "restartable_until", _exactly("restartable_until", _one_of("status", "CANCELED DELETING DELETED"))
-    ),
+    Check("account", "canceled_at", exactly("canceled_at", one_of("status", "CANCELED DELETING DELETED"))),
+    Check("account", "restartable_until", exactly("restartable_until", one_of("status", "CANCELED DELETING DELETED"))),
     Check(
         "account",
         "deletion_scheduled_for",
-        _exactly(
+        exactly(
             "deletion_scheduled_for",
-            f"{_one_of('status', 'DELETING DELETED')} OR (NEW.status = 'CANCELED' AND NEW.deletion_held_at IS NULL)",
+            f"{one_of('status', 'DELETING DELETED')} OR (NEW.status = 'CANCELED' AND NEW.deletion_held_at IS NULL)",
         ),
     ),
     Check("account", "deletion_held_at", "NEW.deletion_held_at IS NULL OR NEW.status = 'CANCELED'"),
@@ -270,22 +221,22 @@ CHECKS = [
     Check(
         "account",
         "cancellation_effective_at",
-        _exactly("cancellation_effective_at", "NEW.status = 'CANCELLATION_SCHEDULED'"),
+        exactly("cancellation_effective_at", "NEW.status = 'CANCELLATION_SCHEDULED'"),
     ),
-    Check("account", "deletion_started_at", _exactly("deletion_started_at", _one_of("status", "DELETING DELETED"))),
+    Check("account", "deletion_started_at", exactly("deletion_started_at", one_of("status", "DELETING DELETED"))),
     Check("account", "deletion_not_early", "NEW.deletion_started_at >= NEW.restartable_until"),
-    Check("account", "deleted_at", _exactly("deleted_at", "NEW.status = 'DELETED'")),
-    Check("member", "role", _one_of("role", "ADMIN MEMBER")),
+    Check("account", "deleted_at", exactly("deleted_at", "NEW.status = 'DELETED'")),
+    Check("member", "role", one_of("role", "ADMIN MEMBER")),
     Check(
         "cancellation_request",
         "status",
-        _one_of(
+        one_of(
             "status",
             "PENDING_ASSISTANCE PENDING_CONFIRMATION CONFIRMED EFFECTIVE REVERTED WITHDRAWN SAVED EXPIRED",
         ),
     ),
-    Check("cancellation_request", "channel", _one_of("channel", "SELF_SERVE ASSISTED")),
-    Check("cancellation_request", "requested_by_kind", _one_of("requested_by_kind", ACTOR_KINDS)),
+    Check("cancellation_request", "channel", one_of("channel", "SELF_SERVE ASSISTED")),
+    Check("cancellation_request", "requested_by_kind", one_of("requested_by_kind", ACTOR_KINDS)),
     Check(
         "cancellation_request",
         "confirmation",
@@ -295,7 +246,7 @@ CHECKS = [
     Check(
         "cancellation_request",
         "confirmed_at",
-        f"{_exactly('confirmed_at', _one_of('status', 'CONFIRMED EFFECTIVE REVERTED'))} OR NEW.status = 'WITHDRAWN'",
+        f"{exactly('confirmed_at', one_of('status', 'CONFIRMED EFFECTIVE REVERTED'))} OR NEW.status = 'WITHDRAWN'",
     ),
     Check(
         "cancellation_request",
@@ -303,30 +254,28 @@ CHECKS = [
         "(NEW.effective_at IS NULL) = (NEW.confirmed_at IS NULL)",  # a scheduled one keeps both when it is withdrawn
     ),
     Check("cancellation_request", "effective_after_confirmed", "NEW.effective_at >= NEW.confirmed_at"),
-    Check(
-        "cancellation_request", "took_effect_at", _exactly("took_effect_at", _one_of("status", "EFFECTIVE REVERTED"))
-    ),
+    Check("cancellation_request", "took_effect_at", exactly("took_effect_at", one_of("status", "EFFECTIVE REVERTED"))),
     Check(
         "cancellation_request",
         "closed_at",
-        _exactly("closed_at", _one_of("status", "WITHDRAWN SAVED EXPIRED REVERTED")),
+        exactly("closed_at", one_of("status", "WITHDRAWN SAVED EXPIRED REVERTED")),
     ),
     Check("cancellation_request", "wrong_tries", "NEW.wrong_tries BETWEEN 0 AND 5"),
     Check(
         "feedback",
         "reason",
-        _one_of(
+        one_of(
             "reason",
             "TOO_EXPENSIVE MISSING_FEATURES SWITCHED_SERVICE UNUSED CUSTOMER_SERVICE LOW_QUALITY TOO_COMPLEX OTHER",
         ),
     ),
-    Check("offer", "kind", _one_of("kind", "DISCOUNT PAUSE PLAN_CHANGE TRIAL_EXTENSION CONTACT CUSTOM")),
-    Check("offer", "status", _one_of("status", "OPEN ACCEPTED DECLINED")),
-    Check("offer", "answered_at", _exactly("answered_at", "NEW.status <> 'OPEN'")),
+    Check("offer", "kind", one_of("kind", "DISCOUNT PAUSE PLAN_CHANGE TRIAL_EXTENSION CONTACT CUSTOM")),
+    Check("offer", "status", one_of("status", "OPEN ACCEPTED DECLINED")),
+    Check("offer", "answered_at", exactly("answered_at", "NEW.status <> 'OPEN'")),
     Check(
         "transition",
         "type",
-        _one_of(
+        one_of(
             "type",
             "account.cancellation_requested account.cancellation_assistance_requested account.cancellation_withdrawn "
             "account.cancellation_expired account.offer_accepted account.offer_declined "
@@ -334,30 +283,11 @@ CHECKS = [
             "account.restarted",
         ),
     ),
-    Check("transition", "actor_kind", _one_of("actor_kind", ACTOR_KINDS)),
-    Check("transition", "account_status", _one_of("account_status", ACCOUNT_STATUSES)),
+    Check("transition", "actor_kind", one_of("actor_kind", ACTOR_KINDS)),
+    Check("transition", "account_status", one_of("account_status", ACCOUNT_STATUSES)),
     Check("outbox", "settled_once", "NEW.delivered_at IS NULL OR NEW.dead_at IS NULL"),
     Check("outbox", "attempts", "NEW.attempts >= 0"),
 ]
-
-
-def _not_along(arrows: str) -> str:
-    allowed = ", ".join(repr(arrow) for arrow in arrows.split())
-    return f"OLD.status <> NEW.status AND (OLD.status || '>' || NEW.status) NOT IN ({allowed})"
-
-
-class Refusal(NamedTuple):
-    """A change (`event`) of a row of `table` that is refused when `condition` holds.
-
-    `subquery`: the condition looks at other rows, which PostgreSQL wants inside the trigger's function. `lock`: a
-    statement that runs there first, so that two transactions cannot each miss the other's change."""
-
-    table: str
-    name: str
-    event: str
-    condition: str
-    subquery: bool = False
-    lock: str = ""
 
 
 REFUSALS = [
@@ -366,7 +296,7 @@ REFUSALS = [
         "account",
         "account_arrows",
         "UPDATE",
-        _not_along(
+        not_along(
             "ACTIVE>CANCELLATION_SCHEDULED ACTIVE>CANCELED CANCELLATION_SCHEDULED>CANCELED CANCELED>DELETING "
             "DELETING>DELETED CANCELLATION_SCHEDULED>ACTIVE CANCELED>ACTIVE"
         ),
@@ -394,7 +324,7 @@ REFUSALS = [
         "cancellation_request",
         "request_arrows",
         "UPDATE",
-        _not_along(
+        not_along(
             "PENDING_ASSISTANCE>PENDING_CONFIRMATION PENDING_CONFIRMATION>PENDING_ASSISTANCE "
             "PENDING_CONFIRMATION>CONFIRMED CONFIRMED>EFFECTIVE EFFECTIVE>REVERTED "
             "PENDING_ASSISTANCE>WITHDRAWN PENDING_CONFIRMATION>WITHDRAWN CONFIRMED>WITHDRAWN "
@@ -457,90 +387,13 @@ CREATE INDEX idempotency_age ON idempotency_record (created_at);
 """
 
 
-def _postgresql() -> str:
-    statements = [
-        f'ALTER TABLE "{check.table}" ADD CONSTRAINT "{check.table}_{check.name}" '
-        f"CHECK ({check.condition.replace('NEW.', '')});"
-        for check in CHECKS
-    ]
-    refuse = "RAISE EXCEPTION '%', TG_NAME USING ERRCODE = 'integrity_constraint_violation';"
-    statements.append(f"CREATE FUNCTION sunset_refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {refuse} END $$;")
-    for rule in REFUSALS:
-        function, when = "sunset_refuse", f"WHEN ({rule.condition}) "
-        if rule.subquery:
-            function, when, lock = f"sunset_{rule.name}", "", f"{rule.lock};" if rule.lock else ""
-            row = "OLD" if rule.event == "DELETE" else "NEW"
-            statements.append(
-                f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-                f"{lock} IF {rule.condition} THEN {refuse} END IF; RETURN {row}; END $$;"
-            )
-        statements.append(
-            f'CREATE TRIGGER "{rule.name}" BEFORE {rule.event} ON "{rule.table}" '
-            f"FOR EACH ROW {when}EXECUTE FUNCTION {function}();"
-        )
-    statements += [
-        f'CREATE TRIGGER "{table}_is_not_truncated" BEFORE TRUNCATE ON "{table}" EXECUTE FUNCTION sunset_refuse();'
-        for table in APPEND_ONLY
-    ]
-    return "\n".join(statements)
-
-
-def _sqlite() -> str:
-    conditions = [(check.table, f"{check.table}_{check.name}", check.condition) for check in CHECKS]
-    for create in TABLES:
-        table: str = create.model._meta.db_table
-        for name, field in create.model._meta.fields_map.items():
-            if (holds := _sqlite_type(field)) is not None:
-                column = f'NEW."{create.model._meta.fields_db_projection[name]}"'
-                holds = f"NEW IS NULL OR ({holds})".replace("NEW", column)
-                conditions.append((table, f"{table}_{name}_type", holds))
-    statements = [
-        _sqlite_trigger(f"{name}_{event.lower()}", name, event, table, f"NOT ({condition})")
-        for table, name, condition in conditions
-        for event in ("INSERT", "UPDATE")
-    ]
-    statements += [_sqlite_trigger(rule.name, rule.name, rule.event, rule.table, rule.condition) for rule in REFUSALS]
-    statements += [
-        _sqlite_trigger(
-            f"{table}_is_not_replaced",
-            f"{table}_is_not_replaced",
-            "INSERT",
-            table,
-            f'EXISTS (SELECT 1 FROM "{table}" WHERE {same})',
-        )
-        for table, same in APPEND_ONLY.items()
-    ]
-    return "\n".join(statements)
-
-
-def _sqlite_trigger(name: str, rule: str, event: str, table: str, condition: str) -> str:
-    return (
-        f'CREATE TRIGGER "{name}" BEFORE {event} ON "{table}" FOR EACH ROW WHEN {condition} '
-        f"BEGIN SELECT RAISE(ABORT, '{rule}'); END;"
-    )
-
-
-def _sqlite_type(field: Field[Any]) -> str | None:
-    """The condition on a value, NEW, by which an SQLite column holds what the field says."""
-    if isinstance(field, UtcDatetimeField):
-        return "length(NEW) = 32 AND NEW GLOB '????-??-?? ??:??:??.??????+00:00' AND julianday(NEW) IS NOT NULL"
-    if isinstance(field, fields.UUIDField):
-        return "length(NEW) = 36 AND NEW NOT GLOB '*[^0-9a-f-]*' AND NEW GLOB '????????-????-????-????-????????????'"
-    if isinstance(field, fields.CharField):
-        return f"typeof(NEW) = 'text' AND length(NEW) <= {field.max_length}"
-    if isinstance(field, fields.TextField):
-        return "typeof(NEW) = 'text'"
-    if isinstance(field, fields.IntField):
-        return "typeof(NEW) = 'integer'"
-    if isinstance(field, fields.JSONField):
-        return "json_valid(NEW)"
-    return None
-
-
 async def _keep_the_rules(_apps: Any, schema_editor: BaseSchemaEditor) -> None:
-    is_sqlite = schema_editor.DIALECT == "sqlite"
-    indexes = INDEXES.format(binary="BINARY" if is_sqlite else '"C"')  # `accounts.page` sorts names by code points
-    await schema_editor.client.execute_script(indexes + (_sqlite() if is_sqlite else _postgresql()))
+    dialect: Any = schema_editor.DIALECT
+    await schema_editor.client.execute_script(
+        rules.indexes(INDEXES, dialect)
+        + rules.columns_hold_their_types(TABLES, dialect)
+        + rules.refusing(CHECKS, REFUSALS, APPEND_ONLY, dialect)
+    )
 
 
 class Migration(TortoiseMigration):

@@ -1,0 +1,109 @@
+"""What somebody should be called for, as far as the database knows: the same for `/readyz?deep` and `sunset doctor`.
+
+Times are the installation's. What is merely late is in the metrics; what stands here wants a person.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from app import breaker, db, deletion, outbox, timers
+from app.auth import Installation
+from app.policy import Policy
+from app.timers import BEGIN_DELETION, Backlog
+
+TIMERS_OVERDUE = timedelta(hours=1)
+MESSAGES_OVERDUE = timedelta(minutes=15)
+
+
+class Name(StrEnum):
+    DELETIONS_OVERDUE = "deletions_overdue"
+    DELETIONS_HALTED = "deletions_halted"
+    TIMERS_OVERDUE = "timers_overdue"
+    DEAD_LETTERS = "dead_letters"
+    MESSAGES_OVERDUE = "messages_overdue"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alarm:
+    name: Name
+    message: str
+    """What is the matter, and what to do, on one line."""
+    since: datetime | None
+
+
+async def current(installation: Installation) -> list[Alarm]:
+    """Every alarm that there is reason for now. What is looked at grows with what is due, not with the accounts."""
+    policy = installation.policy
+    found = [
+        await _deletions_overdue(),
+        await _deletions_halted(policy),
+        await _timers_overdue(policy),
+        *await _messages(),
+    ]
+    return [alarm for alarm in found if alarm is not None]
+
+
+async def _deletions_overdue() -> Alarm | None:
+    count = await deletion.overdue()
+    if not count:
+        return None
+    message = (
+        f"{_counted(count, 'deletion')} should have begun, or ended, more than an hour ago. Does a worker run? "
+        "`sunset deletions list` says where each is."
+    )
+    return Alarm(name=Name.DELETIONS_OVERDUE, message=message, since=None)
+
+
+async def _deletions_halted(policy: Policy) -> Alarm | None:
+    stands = await breaker.read(policy)
+    if stands.halted_at is None:
+        return None
+    message = (
+        f"All deletions have stopped: {stands.due:,} are due within 24 hours, {stands.allowed:,} are allowed. "
+        "Look at them with `sunset deletions list --due`, then approve them or hold those that are wrong."
+    )
+    return Alarm(name=Name.DELETIONS_HALTED, message=message, since=stands.halted_at)
+
+
+async def _timers_overdue(policy: Policy) -> Alarm | None:
+    late = await overdue_timers(policy, TIMERS_OVERDUE)
+    if not late:
+        return None
+    message = f"Not done for more than an hour: {told(late)}. Does a worker run? Its log says what fails."
+    since = min(one.oldest_due_at for one in late if one.oldest_due_at is not None)
+    return Alarm(name=Name.TIMERS_OVERDUE, message=message, since=since)
+
+
+async def overdue_timers(policy: Policy, by: timedelta) -> list[Backlog]:
+    """The timers whose oldest due row waits for that long. Deletions have an alarm of their own, because a halted one
+    is not for the worker to do."""
+    limit = await db.now() - by
+    return [
+        one
+        for one in await timers.backlog(policy)
+        if one.oldest_due_at is not None and one.oldest_due_at <= limit and one.name != BEGIN_DELETION.name
+    ]
+
+
+def told(late: list[Backlog]) -> str:
+    return ", ".join(f"{one.name} ({one.due:,} due, since {one.oldest_due_at:%Y-%m-%d %H:%M} UTC)" for one in late)
+
+
+async def _messages() -> list[Alarm]:
+    depth, due_at = await outbox.depth(), await outbox.next_due()
+    found = []
+    if depth.dead:
+        message = (
+            f"{_counted(depth.dead, 'message')} could not be delivered. `sunset deliveries list --state dead` says "
+            "why; retry or drop each."
+        )
+        found.append(Alarm(name=Name.DEAD_LETTERS, message=message, since=depth.oldest_dead_at))
+    if due_at is not None and due_at <= depth.now - MESSAGES_OVERDUE:
+        message = f"{_counted(depth.due, 'message')} due, the oldest for more than 15 minutes. Does a worker run?"
+        found.append(Alarm(name=Name.MESSAGES_OVERDUE, message=message, since=due_at))
+    return found
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

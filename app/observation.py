@@ -1,0 +1,117 @@
+"""How the installation is doing, read from its database when somebody asks: the same from every process.
+
+What is read is bounded by what is open or due; accounts that nothing is due of cost nothing. Knows Prometheus's form
+of numbers and no HTTP.
+"""
+
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import structlog
+from prometheus_client.core import GaugeMetricFamily
+
+from app import breaker, db, deletion, errors, outbox, timers
+from app.auth import Installation
+
+_log = structlog.stdlib.get_logger(__name__)
+
+_READ_WITHIN: Final = timedelta(seconds=5)
+"""How long the database may take to tell. Prometheus itself waits ten."""
+
+
+async def observe(installation: Installation) -> list[GaugeMetricFamily]:
+    """Gauges for Prometheus. A database that is away, or does not answer in time, is `sunset_database_up` 0 and no
+    other number: nothing old is told as if it were so now."""
+    try:
+        async with db.deadline(_READ_WITHIN):
+            return [_gauge("sunset_database_up", "Whether the database answers.", 1), *await _read(installation)]
+    except errors.Unavailable:
+        _log.warning("metrics.database_unavailable")
+        return [_gauge("sunset_database_up", "Whether the database answers.", 0)]
+
+
+async def _read(installation: Installation) -> list[GaugeMetricFamily]:
+    return [*await _clock(), *await _outbox(), *await _timers(installation), *await _deletions(installation)]
+
+
+def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, meaning, value)
+
+
+async def _clock() -> list[GaugeMetricFamily]:
+    before = datetime.now(UTC)
+    theirs = await db.database_now()
+    after = datetime.now(UTC)
+    ours = before + (after - before) / 2
+    ahead = await db.clock_offset()
+    return [
+        _gauge(
+            "sunset_clock_difference_seconds",
+            "How far this process's clock is ahead of the database's, which alone decides.",
+            (ours - theirs).total_seconds(),
+        ),
+        _gauge(
+            "sunset_clock_offset_seconds",
+            "How far the development clock was moved ahead; 0 in production.",
+            ahead.total_seconds(),
+        ),
+    ]
+
+
+async def _outbox() -> list[GaugeMetricFamily]:
+    depth = await outbox.depth()
+    messages = GaugeMetricFamily(
+        "sunset_outbox_messages",
+        "Messages that are not delivered: due now, waiting for their next try, claimed by a worker, or dead letters.",
+        labels=["state"],
+    )
+    messages.add_metric(["due"], depth.due)
+    messages.add_metric(["waiting"], depth.waiting)
+    messages.add_metric(["claimed"], depth.claimed)
+    messages.add_metric(["dead"], depth.dead)
+    return [
+        messages,
+        _gauge(
+            "sunset_outbox_oldest_age_seconds",
+            "Age of the oldest message that is neither delivered nor a dead letter; 0 when there is none.",
+            _since(depth.oldest_at, depth.now),
+        ),
+        _gauge(
+            "sunset_dead_letter_oldest_age_seconds",
+            "How long ago the oldest dead letter was given up; 0 when there is none.",
+            _since(depth.oldest_dead_at, depth.now),
+        ),
+    ]
+
+
+async def _timers(installation: Installation) -> list[GaugeMetricFamily]:
+    now = await db.now()
+    due = GaugeMetricFamily("sunset_timers_due", "What is due and not done; counted up to 1,000.", labels=["timer"])
+    overdue = GaugeMetricFamily(
+        "sunset_timer_overdue_seconds", "For how long the oldest of it is due; 0 when nothing is.", labels=["timer"]
+    )
+    for one in await timers.backlog(installation.policy):
+        due.add_metric([one.name], one.due)
+        overdue.add_metric([one.name], _since(one.oldest_due_at, now))
+    return [due, overdue]
+
+
+async def _deletions(installation: Installation) -> list[GaugeMetricFamily]:
+    held = await db.fetch_one("SELECT COUNT(*) AS held FROM account WHERE deletion_held_at IS NOT NULL")
+    assert held is not None
+    stands = await breaker.read(installation.policy)
+    return [
+        _gauge("sunset_deletion_holds", "Accounts whose deletion is on hold.", held["held"]),
+        _gauge(
+            "sunset_deletions_overdue",
+            "Deletions that have not begun, or not ended, an hour after they should have.",
+            await deletion.overdue(),
+        ),
+        _gauge("sunset_deletions_halted", "1 while the breaker stops all deletions.", stands.halted_at is not None),
+        _gauge("sunset_deletions_due", "Deletions within 24 hours, as the breaker counts them.", stands.due),
+        _gauge("sunset_deletions_allowed", "How many of them the breaker allows.", stands.allowed),
+    ]
+
+
+def _since(moment: datetime | None, now: datetime) -> float:
+    return max((now - moment).total_seconds(), 0.0) if moment is not None else 0.0
