@@ -35,7 +35,7 @@ from app.graphql.schema import SCHEMA, printed
 from app.observation import observe
 from app.settings import Settings, SettingsError
 from app.tokens import DEVELOPMENT_ISSUER, Tokens
-from app.web import graphiql, links, mailbox
+from app.web import gate, graphiql, links, mailbox
 from app.worker import Worker
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -299,6 +299,7 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
         Route("/schema.graphql", schema_file),
         *service.probes(),
         *links.routes(service.installation),
+        *gate.routes(service.installation),
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "web" / "static")),
     ]
     if settings.graphiql:

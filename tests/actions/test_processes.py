@@ -384,8 +384,7 @@ async def check_letters(customers: list[Customer], seen: list[Accepted]) -> None
             (content,) = {copy.content for copy in copies[row["message_id"]]}  # equal byte for byte
             assert {copy.recipient for copy in copies[row["message_id"]]} == {row["recipient_address"]}
             assert row["recipient_address"].encode() in content
-    assert any(len(one) > 1 for one in copies.values()), "nothing was ever delivered twice: the havoc was none"
-    assert any(row["attempts"] > 1 for row in rows)
+    assert any(row["attempts"] > 1 for row in rows), "nothing was ever tried twice: the havoc was none"
 
 
 def copies_of(seen: list[Accepted]) -> dict[str, list[Accepted]]:
