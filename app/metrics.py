@@ -52,6 +52,9 @@ _refusals = Counter(
     registry=REGISTRY,
 )
 _transitions = Counter("sunset_transitions", "Transitions committed, by type.", ["type"], registry=REGISTRY)
+_gate = Counter(
+    "sunset_gate", "Calls of the gate, by answer: yes, no, refused, unavailable.", ["answer"], registry=REGISTRY
+)
 _deliveries = Counter(
     "sunset_deliveries",
     "Deliveries tried, by template and result: delivered, failed (to be tried again), dead.",
@@ -82,6 +85,11 @@ def answered(results: Sequence[tuple[str, str]], refusals: Iterable[tuple[str, s
         _refusals.labels(operation, refusal).inc()
     for operation in {operation for operation, _ in results}:
         _request_seconds.labels(operation).observe(seconds)
+
+
+def gate(answer: Literal["yes", "no", "refused", "unavailable"]) -> None:
+    """The gate was asked; once for each account that was named."""
+    _gate.labels(answer).inc()
 
 
 def transition(kind: str) -> None:

@@ -40,7 +40,7 @@ from app.db import Database
 from app.db.migrate import migrate
 from app.graphql import nodes
 from app.graphql.nodes import Kind
-from app.lifecycle import MemberRole, Permission, StaffRole
+from app.lifecycle import MemberRole, Permission, Scope, StaffRole
 from app.provisioning import AccountItem, MemberItem
 from app.settings import Settings
 from app.tokens import DEVELOPMENT_ISSUER
@@ -74,6 +74,7 @@ CONFIRM = """mutation Confirm($input: ConfirmCancellationInput!) {
 }"""
 
 STAFF = "staff"
+GATEKEEPER = "gatekeeper"
 READERS = 50
 """Members who ask for the status, each with a token that is verified once."""
 
@@ -86,6 +87,7 @@ class Customer:
     """An account, and its member who cancels it."""
 
     id: UUID
+    reference: str
     name: str
     subject: str
 
@@ -158,6 +160,10 @@ def _post(path: str, body: object, token: str = "") -> bytes:
     if token:
         head += f"Authorization: Bearer {token}\r\n"
     return head.encode() + b"\r\n" + sent
+
+
+def _get(path: str, token: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
 
 
 def _operation(query: str, token: str, **variables: object) -> bytes:
@@ -235,7 +241,8 @@ def _texts(id_: UUID) -> tuple[str, str]:
 
 def _names(customer: Customer) -> tuple[str, ...]:
     """How statements name the account and its member."""
-    return customer.subject, limiting.caller_key(DEVELOPMENT_ISSUER, customer.subject), *_texts(customer.id)
+    caller = limiting.caller_key(DEVELOPMENT_ISSUER, customer.subject)
+    return customer.subject, customer.reference, caller, *_texts(customer.id)
 
 
 def _new_ids(queries: Sequence[Any], known: UUID) -> list[UUID]:
@@ -289,6 +296,14 @@ class Recordings:
                 httpx2.AsyncClient(transport=transport, base_url="http://bench") as client,
             ):
                 for customer in (first, second):
+                    recorder.queries.clear()
+                    asked = await client.get(
+                        f"/gate/accounts/{customer.reference}",
+                        headers={"Authorization": f"Bearer {world.token(GATEKEEPER)}"},
+                    )
+                    assert asked.json()["canSendMessages"] is True
+                    await asyncio.sleep(0)
+                    queries["gate"] = list(recorder.queries)
                     token, id_ = world.token(customer.subject), nodes.encode(Kind.ACCOUNT, customer.id)
                     await send("accounts", ACCOUNTS, world.token(STAFF))
                     await send("status", STATUS, token, id=id_)
@@ -307,6 +322,12 @@ class Recordings:
 
     def accounts(self) -> Exchange:
         return _once(self._request("accounts", {}))
+
+    def gate(self, customer: Customer) -> Exchange:
+        return _once(self._request("gate", self._changes(customer)))
+
+    def empty(self) -> Exchange:
+        return _once(_post("/empty", []))
 
     def status(self, customer: Customer) -> Exchange:
         return _once(self._request("status", self._changes(customer)))
@@ -352,14 +373,27 @@ class World:
             issuer=DEVELOPMENT_ISSUER,
             subject=STAFF,
         )
+        await provisioning.add_service(
+            name=GATEKEEPER, scopes=frozenset({Scope.GATE}), issuer=DEVELOPMENT_ISSUER, subject=GATEKEEPER
+        )
         items = [_item(index) for index in range(number)]
         for begin in range(0, number, provisioning.MAX_ITEMS):
             batch = items[begin : begin + provisioning.MAX_ITEMS]
             for item, result in zip(batch, await provisioning.sync(self.installation, batch), strict=True):
                 assert result.account_id is not None, result.refusal
                 assert item.members
-                self.customers.append(Customer(id=result.account_id, name=item.name, subject=item.members[0].subject))
+                self.customers.append(
+                    Customer(
+                        id=result.account_id,
+                        reference=item.reference,
+                        name=item.name,
+                        subject=item.members[0].subject,
+                    )
+                )
         await db.execute("ANALYZE")
+
+    def gate(self, customer: Customer) -> Exchange:
+        return _once(_get(f"/gate/accounts/{customer.reference}", self.token(GATEKEEPER)))
 
     def accounts(self) -> Exchange:
         return _once(_operation(ACCOUNTS, self.token(STAFF)))
@@ -511,6 +545,20 @@ def _scenarios(world: World, recordings: Recordings, quick: bool) -> list[Scenar
 
     return [
         Scenario(
+            title="gate",
+            exchanges=4_000 // share,
+            requests=1,
+            service=lambda count: map(world.gate, turns(count)),
+            bare=lambda count: map(recordings.gate, turns(count)),
+        ),
+        Scenario(
+            title="gate / empty endpoint",
+            exchanges=4_000 // share,
+            requests=1,
+            service=lambda count: map(world.gate, turns(count)),
+            bare=lambda count: (recordings.empty() for _ in range(count)),
+        ),
+        Scenario(
             title="status query",
             exchanges=3_000 // share,
             requests=1,
@@ -543,7 +591,7 @@ async def _measure(scenario: Scenario, service: Server, bare: Server, rounds: in
         await ours.measure(service, list(scenario.service(scenario.exchanges)), requests, connections)
         await theirs.measure(bare, list(scenario.bare(scenario.exchanges)), requests, connections)
     print(
-        f"{scenario.title:<20} {ours.rate:>9,.0f} {theirs.rate:>9,.0f} {ours.rate / theirs.rate:>7.2f}  "
+        f"{scenario.title:<22} {ours.rate:>9,.0f} {theirs.rate:>9,.0f} {ours.rate / theirs.rate:>7.2f}  "
         f"{ours.cpu_milliseconds:>9.3f} {theirs.cpu_milliseconds:>9.3f} "
         f"{ours.cpu_milliseconds / theirs.cpu_milliseconds:>7.2f}",
         flush=True,
@@ -573,12 +621,12 @@ async def bench(environ: dict[str, str], *, quick: bool, connections: int) -> No
         await recordings.record(world, settings, *world.customers[:2])
         with ExitStack() as stack:
             service = stack.enter_context(_service(environ))
-            bare = stack.enter_context(_bare(settings, recordings.replays))
+            bare = stack.enter_context(_bare(settings, {**recordings.replays, "empty": ()}))
             await service.ready()
             await bare.ready()
             print(f"{len(world.customers):,} accounts, {connections} connections, one process each, {rounds} rounds\n")
-            print(f"{'':<20} {'requests per second':^28} {'CPU ms per request':^28}")
-            print(f"{'':<20} {'service':>9} {'bare':>9} {'ratio':>7}  {'service':>9} {'bare':>9} {'ratio':>7}")
+            print(f"{'':<22} {'requests per second':^28} {'CPU ms per request':^28}")
+            print(f"{'':<22} {'service':>9} {'bare':>9} {'ratio':>7}  {'service':>9} {'bare':>9} {'ratio':>7}")
             for scenario in _scenarios(world, recordings, quick):
                 await _measure(scenario, service, bare, rounds, connections)
                 if scenario.requests == 2:

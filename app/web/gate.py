@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from app import accounts, db, errors
+from app import accounts, db, errors, metrics
 from app.auth import Installation
 from app.lifecycle import Scope
 
@@ -84,11 +84,14 @@ class _Gate:
                 async with db.deadline(self._installation.request_timeout):
                     return await answer(request)
             except _Refused as refusal:
+                metrics.gate("refused")
                 return _json({"error": refusal.message}, refusal.status, refusal.headers)
             except errors.Unauthenticated as refusal:
+                metrics.gate("refused")
                 return _json({"error": refusal.message}, 401, {"WWW-Authenticate": "Bearer"})
             except errors.Unavailable as refusal:
-                return _json({"error": refusal.message}, 503, {"Retry-After": "1"})
+                metrics.gate("unavailable")
+                return _json({"error": refusal.message}, 503, {"Retry-After": str(refusal.retry_after)})
 
         return answered
 
@@ -136,6 +139,7 @@ class _Gate:
 
 
 def _answer(reference: str, row: Mapping[str, Any]) -> _Answer:
+    metrics.gate("yes" if row["is_open"] else "no")
     return _Answer(reference=reference, status=row["status"], epoch=row["epoch"], is_open=bool(row["is_open"]))
 
 
