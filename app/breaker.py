@@ -51,6 +51,7 @@ class BreakerView:
     halted_at: datetime | None
     first_approved_at: datetime | None
     first_approved_by_id: UUID | None
+    first_approved_count: int | None
     approved_until: datetime | None
 
     @property
@@ -73,13 +74,19 @@ class BreakerView:
 async def read(policy: Policy) -> BreakerView:
     """Where the breaker stands. It changes nothing: only the worker trips it."""
     now = await db.now()
+    settled = await db.fetch_one(
+        "SELECT MAX(approved_until) AS until FROM deletion_breaker WHERE approved_until <= $1", now
+    )
+    assert settled is not None
+    # What began under an approval that has ended was looked at by people, and is not held against what comes after.
+    since = max(now - SPAN, db.as_datetime(settled["until"]) or now - SPAN)
     counted = await db.fetch_one(
         "SELECT (SELECT COUNT(*) FROM account WHERE status = 'CANCELED' AND deletion_scheduled_for <= $1) AS coming, "
         "(SELECT COUNT(*) FROM account WHERE status = 'CANCELED' AND deletion_scheduled_for <= $2) AS overdue, "
         "(SELECT COUNT(*) FROM account WHERE deletion_started_at > $3) AS started",
         now + SPAN,
         now,
-        now - SPAN,
+        since,
     )
     assert counted is not None
     due = max(counted["coming"], counted["started"] + counted["overdue"])
@@ -98,6 +105,7 @@ async def read(policy: Policy) -> BreakerView:
         halted_at=db.as_datetime(row["tripped_at"]) if row is not None and halted else None,
         first_approved_at=db.as_datetime(row["first_approved_at"]) if row is not None and halted else None,
         first_approved_by_id=db.as_uuid(row["first_approved_by_id"]) if row is not None and halted else None,
+        first_approved_count=row["first_approved_count"] if row is not None and halted else None,
         approved_until=db.as_datetime(row["approved_until"]) if row is not None and not halted else None,
     )
 
@@ -141,7 +149,8 @@ async def enter(installation: Installation) -> BreakerView:
 
 async def approve(call: Call, *, count: int, note: str | None, idempotency_key: str | None = None) -> BreakerView:
     """Approve `count` deletions within the next 24 hours, which must be how many are due now. The first approval of a
-    person of the billing team waits for that of another one; with it, the deletions go on.
+    person of the billing team waits for that of another one; with it, the deletions go on. Both have seen the same
+    number, and within 24 hours: otherwise the later approval is a first one again.
 
     Raises `PermissionDenied` for others and for the same person again, `DeletionsNotHalted`, `InvalidInput`.
     """
@@ -167,8 +176,10 @@ async def approve(call: Call, *, count: int, note: str | None, idempotency_key: 
 async def _approve(policy: Policy, staff: StaffFacts, count: int, note: str | None) -> dict[str, Any]:
     found, text = await read(policy), _note(note)
     row = await _halted(found, count)
-    if row.first_approved_at is None:
+    seen = row.first_approved_count == count
+    if row.first_approved_at is None or not seen or row.first_approved_at + SPAN <= found.now:
         row.first_approved_at, row.first_approved_by_id, row.first_note = found.now, staff.id, text
+        row.first_approved_count = count
         await row.save()
         db.on_commit(lambda: _log.warning("deletions.first_approval", count=count, staff_id=str(staff.id)))
         return {}

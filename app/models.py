@@ -425,7 +425,8 @@ class DeletionBreaker(Model):
     """All deletions stopped, because more than the policy allows fell due within 24 hours, until two persons of the
     staff or an operator approve.
 
-    Kept by the database: one without approved_at; the second approval is of another person than the first.
+    Kept by the database: one without approved_at; the second approval is of another person than the first, and of the
+    same number.
     """
 
     id = fields.UUIDField(primary_key=True, default=uuid7)
@@ -436,6 +437,7 @@ class DeletionBreaker(Model):
     """How many the policy allowed then."""
     first_approved_at = UtcDatetimeField(null=True)
     first_approved_by_id = fields.UUIDField(null=True)
+    first_approved_count = fields.IntField(null=True)
     first_note = fields.TextField(null=True)
     approved_at = UtcDatetimeField(null=True)
     approved_by_id = fields.UUIDField(null=True)

@@ -134,14 +134,20 @@ async def claim(limit: int) -> list[Claimed]:
 
 async def delivered(message: Claimed) -> bool:
     """Mark it delivered. False when the lease was lost meanwhile: somebody else has it."""
-    return await _settle(message, f"delivered_at = $3, last_error = NULL{_erased(message.template)}", await db.now())
+    kept = await _settle(message, f"delivered_at = $3, last_error = NULL{_erased(message.template)}", await db.now())
+    await _scrub(message.template)
+    return kept
 
 
 async def failed(message: Claimed, error: str, *, permanent: bool) -> bool:
     """Note the failure: another try after a wait, or a dead letter. False when the lease was lost meanwhile."""
     now = await db.now()
     if is_last(message, permanent=permanent):
-        return await _settle(message, f"dead_at = $3, last_error = $4{_erased(message.template)}", now, error)
+        # A server's words may name the recipient.
+        said = "It was not delivered, and is erased." if _erased(message.template) else error
+        kept = await _settle(message, f"dead_at = $3, last_error = $4{_erased(message.template)}", now, said)
+        await _scrub(message.template)
+        return kept
     return await _settle(message, "due_at = $3, last_error = $4", now + backoff(message.attempt), error)
 
 
@@ -161,6 +167,11 @@ def _erased(template: str) -> str:
     if kind is None or not kind.erased_when_settled:
         return ""
     return ", recipient_name = '', recipient_address = '', facts = '{}'"
+
+
+async def _scrub(template: str) -> None:
+    if _erased(template):
+        await db.scrub()
 
 
 async def _settle(message: Claimed, assignments: str, *args: Any) -> bool:
@@ -392,6 +403,7 @@ async def drop(id_: UUID) -> None:
             raise errors.Refusal(await _why_not(id_, "dropped"))
         if erased := _erased(dropped["template"]):
             await db.execute(f"UPDATE outbox SET template = template{erased} WHERE id = $1", id_)
+    await _scrub(dropped["template"])
 
 
 async def _why_not(id_: UUID, done: str) -> str:

@@ -502,7 +502,8 @@ class DeletionBreaker:
     started: int = describe("How many have begun in the last 24 hours.")
     allowed: int = describe("How many may, by the policy or by approval; at least, where few are due.")
     halted_at: datetime | None = describe("Since when all have stopped.")
-    first_approved_at: datetime | None = describe("When the first of two persons approved.")
+    first_approved_at: datetime | None = describe("When the first of two persons approved; good for 24 hours.")
+    first_approved_count: int | None = describe("How many they approved; the second approves the same number.")
     approved_until: datetime | None = describe("How long an approval still holds.")
 
     @staticmethod
@@ -515,6 +516,7 @@ class DeletionBreaker:
             allowed=view.allowed,
             halted_at=view.halted_at,
             first_approved_at=view.first_approved_at,
+            first_approved_count=view.first_approved_count,
             approved_until=view.approved_until,
         )
 

@@ -199,6 +199,44 @@ async def test_two_persons_of_the_billing_team_approve_what_they_saw(house: Stag
     assert row["approved_count"] == number
 
 
+async def test_two_persons_have_seen_the_same_number(house: Stage, clock: StoppedClock) -> None:
+    """More fell due after the first looked: what the second sees, nobody else has."""
+    await many_canceled(house, 11, clock.now)
+    await house.timers().run()
+    assert await approve(house, BILLING, 11) is State.AWAITING_SECOND_APPROVAL
+    await many_canceled(house, 500, clock.now, "more")
+    assert await approve(house, FINANCE, 511) is State.AWAITING_SECOND_APPROVAL
+    await house.timers().run()
+    assert await begun() == 0
+    with pytest.raises(errors.PermissionDenied, match="another person"):
+        await approve(house, FINANCE, 511)
+    assert await approve(house, BILLING, 511) is State.APPROVED
+
+
+async def test_a_first_approval_is_good_for_a_day(house: Stage, clock: StoppedClock) -> None:
+    await many_canceled(house, 11, clock.now)
+    await house.timers().run()
+    await approve(house, BILLING, 11)
+    clock.forward(DAY)
+    assert await approve(house, FINANCE, 11) is State.AWAITING_SECOND_APPROVAL
+    clock.forward(DAY - MOMENT)
+    assert await approve(house, BILLING, 11) is State.APPROVED
+
+
+async def test_what_was_approved_is_not_held_against_what_comes_after(house: Stage, clock: StoppedClock) -> None:
+    """A wave that people have looked at ends with its approval; one more account a moment later is no new wave."""
+    await many_canceled(house, 12, clock.now)
+    await house.timers().run()
+    await approved(house, 12)
+    clock.forward(DAY - MOMENT)
+    await house.timers().run()
+    assert await begun() == 12
+    clock.forward(MOMENT)
+    await many_canceled(house, 1, clock.now, "more")
+    await house.timers().run()
+    assert (await begun(), await state(house)) == (13, State.CLEAR)
+
+
 async def test_an_approval_that_is_repeated_with_its_key_is_one_persons(house: Stage, clock: StoppedClock) -> None:
     await many_canceled(house, ALLOWED + 1, clock.now)
     await house.timers().run()

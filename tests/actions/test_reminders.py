@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from app import db, deletion, policy, restart
+from app import assistance, db, deletion, policy, restart
 from app.db import Database
 from app.lifecycle import ActorKind, CancellationTiming, Channel, RequestStatus
 from app.models import CancellationRequest
@@ -256,6 +256,30 @@ async def test_of_a_manager_who_left_the_team_is_reminded(house: Stage, clock: S
     clock.forward(RESPONSE)
     await house.letters()
     assert (await nudged(account_id))["assistance-reminder"] == {"success@vendor.example": 1}
+
+
+async def test_what_is_said_to_be_due_is_looked_at_again(house: Stage, clock: StoppedClock) -> None:
+    """By a worker that read too early, or once more: what holds under the lock counts."""
+    shared, account_id = house.installation, await asked(house)
+    asked_at = clock.now
+    clock.put(asked_at + RESPONSE - MOMENT)
+    assert await assistance.remind(shared, account_id) is False
+    clock.put(asked_at + ESCALATION)
+    assert await assistance.escalate(shared, account_id) is False, "the manager comes first"
+    assert await nudged(account_id) == NOBODY
+    clock.put(asked_at + ESCALATION - MOMENT)
+    assert [await assistance.remind(shared, account_id) for _ in range(2)] == [True, False]
+    assert await assistance.escalate(shared, account_id) is False
+    assert await nudged(account_id) == THE_MANAGER
+    clock.put(asked_at + ESCALATION)
+    assert [await assistance.escalate(shared, account_id) for _ in range(2)] == [True, False]
+    assert await nudged(account_id) == BOTH
+    deleted_later = await canceled(house)
+    clock.forward(30 * DAY - MOMENT)
+    assert await deletion.remind(shared, deleted_later) is False
+    clock.forward(MOMENT)
+    assert [await deletion.remind(shared, deleted_later) for _ in range(2)] == [True, False]
+    assert await reminded(deleted_later) == [30]
 
 
 # ----------------------------------------------------------------------------------------- expiry, scheduled effect

@@ -202,7 +202,7 @@ EFFECTIVE_COLUMNS = {
     "effective_at": day(1),
     "took_effect_at": day(1),
 }
-FIRST_APPROVAL = {"first_approved_at": day(61), "first_approved_by_id": STAFF}
+FIRST_APPROVAL = {"first_approved_at": day(61), "first_approved_by_id": STAFF, "first_approved_count": 11}
 APPROVAL = {"approved_at": day(61), "approved_count": 11, "approved_until": day(62)}
 APPROVED_BY_AN_OPERATOR = (
     f"UPDATE deletion_breaker SET ({', '.join(APPROVAL)}) = ({', '.join(map(str, APPROVAL.values()))}) WHERE id = "

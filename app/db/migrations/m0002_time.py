@@ -71,6 +71,7 @@ TABLES = [
             ("allowed", fields.IntField()),
             ("first_approved_at", UtcDatetimeField(null=True)),
             ("first_approved_by_id", fields.UUIDField(null=True)),
+            ("first_approved_count", fields.IntField(null=True)),
             ("first_note", fields.TextField(null=True)),
             ("approved_at", UtcDatetimeField(null=True)),
             ("approved_by_id", fields.UUIDField(null=True)),
@@ -150,13 +151,18 @@ CHECKS = [
     Check("deletion_hold", "released_after_held", "NEW.released_at >= NEW.held_at"),
     Check("deletion_reminder", "sent_before", "NEW.sent_at < NEW.deletion_scheduled_for"),
     Check("deletion_step", "attempts", "NEW.attempts >= 0"),
-    Check("deletion_breaker", "first_approval", together("first_approved_at", "first_approved_by_id")),
+    Check(
+        "deletion_breaker",
+        "first_approval",
+        together("first_approved_at", "first_approved_by_id", "first_approved_count"),
+    ),
     Check("deletion_breaker", "approval", together("approved_at", "approved_count", "approved_until")),
     Check(
         "deletion_breaker",
         "two_persons",
         "NEW.approved_by_id IS NULL "
-        "OR (NEW.first_approved_by_id IS NOT NULL AND NEW.approved_by_id <> NEW.first_approved_by_id)",
+        "OR (NEW.first_approved_by_id IS NOT NULL AND NEW.approved_by_id <> NEW.first_approved_by_id "
+        "AND NEW.approved_count = NEW.first_approved_count)",
     ),
     Check(
         "tombstone",
