@@ -42,10 +42,12 @@ class BreakerView:
     """Where the breaker stands at `now`."""
 
     now: datetime
+    waiting: int
+    """Deletions that are due now or within 24 hours and have not begun: what people approve."""
     due: int
     """Deletions within 24 hours: the larger number of the two spans."""
     started: int
-    """Deletions that began in the last 24 hours."""
+    """Deletions that began in the last 24 hours, and since people last approved some."""
     allowed: int
     """What the policy allows, or what was approved, whichever is more."""
     halted_at: datetime | None
@@ -68,55 +70,69 @@ class BreakerView:
     @property
     def left(self) -> int:
         """How many more may begin now."""
-        return 0 if self.halted_at is not None else max(0, self.allowed - self.started)
+        return 0 if self.halted_at is not None or self.would_halt else max(0, self.allowed - self.started)
 
 
-async def read(policy: Policy) -> BreakerView:
-    """Where the breaker stands. It changes nothing: only the worker trips it."""
+async def read(policy: Policy, *, exact: bool = False) -> BreakerView:
+    """Where the breaker stands. It changes nothing: only the worker trips it.
+
+    `allowed` is what decides; unless it is to be `exact`, accounts are counted only as far as that takes, so that
+    looking costs what is due, and a policy that allows much more than is due is told as one that allows a little more.
+    """
     now = await db.now()
-    settled = await db.fetch_one(
-        "SELECT MAX(approved_until) AS until FROM deletion_breaker WHERE approved_until <= $1", now
-    )
-    assert settled is not None
-    # What began under an approval that has ended was looked at by people, and is not held against what comes after.
-    since = max(now - SPAN, db.as_datetime(settled["until"]) or now - SPAN)
-    counted = await db.fetch_one(
-        "SELECT (SELECT COUNT(*) FROM account WHERE status = 'CANCELED' AND deletion_scheduled_for <= $1) AS coming, "
-        "(SELECT COUNT(*) FROM account WHERE status = 'CANCELED' AND deletion_scheduled_for <= $2) AS overdue, "
-        "(SELECT COUNT(*) FROM account WHERE deletion_started_at > $3) AS started",
-        now + SPAN,
-        now,
-        since,
-    )
-    assert counted is not None
-    due = max(counted["coming"], counted["started"] + counted["overdue"])
     row = await db.fetch_one(
         "SELECT * FROM deletion_breaker WHERE approved_at IS NULL OR approved_until > $1 "
-        "ORDER BY approved_at IS NULL DESC, approved_until DESC LIMIT 1",
+        "ORDER BY approved_at IS NULL DESC, approved_at DESC LIMIT 1",
         now,
     )
     halted = row is not None and row["approved_at"] is None
-    approved = row["approved_count"] if row is not None and not halted else 0
+    approval = None if halted else row
+    counted = await db.fetch_one(
+        "SELECT (SELECT COUNT(*) FROM account WHERE status = 'CANCELED' AND deletion_scheduled_for <= $1) AS coming, "
+        "(SELECT COUNT(*) FROM account WHERE status = 'CANCELED' AND deletion_scheduled_for <= $2) AS overdue, "
+        "(SELECT COUNT(*) FROM account WHERE deletion_started_at >= $3) AS started",
+        now + SPAN,
+        now,
+        db.as_datetime(approval["approved_at"]) if approval is not None else await _settled_until(now),
+    )
+    assert counted is not None
+    due = max(counted["coming"], counted["started"] + counted["overdue"])
     return BreakerView(
         now=now,
+        waiting=counted["coming"],
         due=due,
         started=counted["started"],
-        allowed=max(await _allowed(policy, due), approved),
+        allowed=max(
+            await _allowed(policy, due, exact=exact), approval["approved_count"] if approval is not None else 0
+        ),
         halted_at=db.as_datetime(row["tripped_at"]) if row is not None and halted else None,
         first_approved_at=db.as_datetime(row["first_approved_at"]) if row is not None and halted else None,
         first_approved_by_id=db.as_uuid(row["first_approved_by_id"]) if row is not None and halted else None,
         first_approved_count=row["first_approved_count"] if row is not None and halted else None,
-        approved_until=db.as_datetime(row["approved_until"]) if row is not None and not halted else None,
+        approved_until=db.as_datetime(approval["approved_until"]) if approval is not None else None,
     )
 
 
-async def _allowed(policy: Policy, due: int) -> int:
-    """What the policy allows. Accounts are counted as far as it matters: what is looked at grows with what is due."""
-    enough = ceil((due + 1) * 100 / policy.breaker_percent) if policy.breaker_percent else 0
-    if due < policy.breaker_at_least or not enough:
-        return policy.breaker_at_least
+async def _settled_until(now: datetime) -> datetime:
+    """From when on beginnings count: for less than 24 hours. What began under an approval that has ended was looked at
+    by people, and is not held against what comes after."""
     row = await db.fetch_one(
-        f"SELECT COUNT(*) AS accounts FROM (SELECT 1 FROM account WHERE status <> 'DELETED' LIMIT {enough}) counted"
+        "SELECT MAX(approved_until) AS until FROM deletion_breaker WHERE approved_until <= $1", now
+    )
+    assert row is not None
+    ended = db.as_datetime(row["until"])
+    since = now - SPAN + timedelta(milliseconds=1)
+    return since if ended is None else max(since, ended)
+
+
+async def _allowed(policy: Policy, due: int, *, exact: bool) -> int:
+    """What the policy allows."""
+    enough = ceil((due + 1) * 100 / policy.breaker_percent) if policy.breaker_percent else 0
+    if not enough or (due < policy.breaker_at_least and not exact):
+        return policy.breaker_at_least
+    limit = "" if exact else f"LIMIT {enough}"
+    row = await db.fetch_one(
+        f"SELECT COUNT(*) AS accounts FROM (SELECT 1 FROM account WHERE status <> 'DELETED' {limit}) counted"
     )
     assert row is not None
     return lifecycle.deletions_allowed(row["accounts"], policy.breaker_at_least, policy.breaker_percent)
@@ -148,7 +164,7 @@ async def enter(installation: Installation) -> BreakerView:
 
 
 async def approve(call: Call, *, count: int, note: str | None, idempotency_key: str | None = None) -> BreakerView:
-    """Approve `count` deletions within the next 24 hours, which must be how many are due now. The first approval of a
+    """Approve `count` deletions within the next 24 hours, which must be how many are waiting. The first approval of a
     person of the billing team waits for that of another one; with it, the deletions go on. Both have seen the same
     number, and within 24 hours: otherwise the later approval is a first one again.
 
@@ -170,7 +186,7 @@ async def approve(call: Call, *, count: int, note: str | None, idempotency_key: 
             None,
             lambda: _approve(call.policy, staff, count, note),
         )
-        return await read(call.policy)
+        return await read(call.policy, exact=True)
 
 
 async def _approve(policy: Policy, staff: StaffFacts, count: int, note: str | None) -> dict[str, Any]:
@@ -197,7 +213,7 @@ async def approve_as_operator(installation: Installation, *, count: int, note: s
         await db.exclusively(_NAME)
         found, text = await read(installation.policy), _note(note)
         await _clear(await _halted(found, count), found, count, None, text)
-        return await read(installation.policy)
+        return await read(installation.policy, exact=True)
 
 
 def _note(given: str | None) -> str:
@@ -210,9 +226,9 @@ def _note(given: str | None) -> str:
 async def _halted(found: BreakerView, count: int) -> DeletionBreaker:
     if found.halted_at is None:
         raise errors.DeletionsNotHalted("The deletions have not stopped; there is nothing to approve.")
-    if count != found.due:
+    if count != found.waiting:
         raise errors.InvalidInput(
-            f"{found.due} deletions are due within 24 hours, not {count}. Look again, and approve what you saw.",
+            f"{found.waiting} deletions wait to begin within 24 hours, not {count}. Look again, and approve what you saw.",
             field="count",
         )
     return await DeletionBreaker.get(approved_at=None)

@@ -515,13 +515,14 @@ async def _deletions_list(settings: Settings, *, due: bool, dry_run: bool) -> No
     heading = ["reference", "account", "plan", "state", "deletion", *(["begins"] if due else [])]
     rows = [[*heading, *deletion.ERASED] if dry_run else heading]
     async with _database(settings):
-        gate = await breaker.read(policy)
+        gate = await breaker.read(policy, exact=True)
         print(
-            f"{gate.due:,} deletions within 24 hours, {gate.allowed:,} allowed, "
+            f"{gate.waiting:,} to begin within 24 hours, {gate.due:,} with those begun, {gate.allowed:,} allowed, "
             f"{gate.left:,} may begin now: {gate.state}"
+            + (", and the next worker stops them" if gate.would_halt else "")
             + (f" since {gate.halted_at:%Y-%m-%d %H:%M} UTC" if gate.halted_at else "")
         )
-        now, left = await db.now(), 0 if gate.would_halt else gate.left
+        now, left = await db.now(), gate.left
         async for account in deletion.due_first() if due else deletion.coming():
             date = account.deletion_scheduled_for
             row = [account.reference, str(account.id), account.plan_code, str(deletion.state(account, now))]

@@ -31,9 +31,13 @@ async def advance(by: timedelta) -> datetime:
     """Move the development clock ahead, for the whole installation, and answer the time. Workers see it in seconds.
 
     Raises `PermissionDenied` where the clock is the database's own."""
-    if not db.bound().development_clock:
-        raise errors.PermissionDenied("The clock here is the database's own. Only SUNSET_CLOCK=development is moved.")
-    return await db.advance_clock(by)
+    now = await db.advance_clock(by)
+    if now is None:
+        raise errors.PermissionDenied(
+            "The clock here is the database's own. Only SUNSET_CLOCK=development is moved, and never the clock of a "
+            "database that production has used."
+        )
+    return now
 
 
 async def advance_by(call: Call, by: str, *, idempotency_key: str | None = None) -> datetime:

@@ -280,8 +280,8 @@ def tombstone_reference(reference: str) -> str:
 async def erase(installation: Installation, forget: Forget, account_id: UUID) -> bool:
     """Sunset's own step: erase every personal datum of the account, leave the tombstone, promise the last email.
 
-    Waits until every message about the account is delivered or dead, three days at most, so that nothing that was
-    promised goes untold; and until every other system's step is done. Repeating it does nothing.
+    Waits until every message about the account is delivered or dead, which an outbox row is within a week, so that
+    nothing that was promised goes untold; and until every other system's step is done. Repeating it does nothing.
     """
     try:
         return await _erase(installation, forget, account_id)

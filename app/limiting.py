@@ -17,6 +17,7 @@ from uuid import UUID
 
 from app import db, errors
 from app.auth import Call
+from app.lifecycle import Permission
 
 _MINUTE = 60_000
 """Milliseconds."""
@@ -48,20 +49,19 @@ async def spend(call: Call, account_id: UUID | None) -> None:
     is malformed or unknown, which counts for the caller alone.
 
     To be called before the action's transaction, so that attempts that are refused there count too. Raises
-    `RateLimited` when the caller's or the account's allowance is used up, and then uses neither. Only its members,
-    staff, and the bearers of its links use an account's: who merely knows the id can lock nobody out, and is not told
-    of it either.
+    `RateLimited` when the caller's or the account's allowance is used up, and then uses neither. Those who may manage
+    its billing, and the bearers of its links, share an account's; staff shares another one. So who merely knows the id,
+    or is a member without a say, can lock nobody out, and members cannot lock out the billing team.
     """
     key = caller_key(call.identity.issuer, call.identity.subject)
     callers = _Allowance(key=key, per_minute=call.installation.rate_limit_caller, whose="you")
     await _use(callers)
-    accounts = _of_account(call, account_id)
-    if accounts is not None:
-        try:
-            await _use(accounts)
-        except errors.RateLimited:
-            await _give_back(callers)
-            raise
+    try:
+        for shared in _of_account(call, account_id):
+            await _use(shared)
+    except errors.RateLimited:
+        await _give_back(callers)
+        raise
 
 
 def caller_key(issuer: str, subject: str) -> str:
@@ -69,24 +69,40 @@ def caller_key(issuer: str, subject: str) -> str:
     return "caller:" + hashlib.sha256(f"{issuer}\0{subject}".encode()).hexdigest()
 
 
-_IS_MEMBER = "EXISTS (SELECT 1 FROM member m WHERE m.account_id = $2 AND m.issuer = $3 AND m.subject = $4)"
+_MAY_MANAGE = (
+    "EXISTS (SELECT 1 FROM member m WHERE m.account_id = $2 AND m.issuer = $3 AND m.subject = $4 AND (m.role = 'ADMIN' "
+    f"OR ' ' || m.permissions || ' ' LIKE '% {Permission.ACCESS_BILLING_AND_ACCOUNT_INFO} %'))"
+)
 _IS_STAFF = (
     "EXISTS (SELECT 1 FROM account a, staff s "
     "WHERE a.id = $2 AND s.issuer = $3 AND s.subject = $4 AND s.deactivated_at IS NULL)"
 )
 
 
-def _of_account(call: Call, account_id: UUID | None) -> _Allowance | None:
+def _of_account(call: Call, account_id: UUID | None) -> list[_Allowance]:
+    """The account's allowances that the caller may have a share in."""
     identity, grant = call.identity, call.identity.grant
     if account_id is None or (grant is not None and grant.account_id != account_id):
-        return None
-    return _Allowance(
-        key=f"account:{account_id}",
-        per_minute=call.installation.rate_limit_account,
-        whose="all who manage this account together",
-        condition=_IS_MEMBER if grant is not None else f"({_IS_MEMBER} OR {_IS_STAFF})",
-        args=(account_id, identity.issuer, identity.subject),
-    )
+        return []
+
+    def shared(key: str, whose: str, condition: str) -> _Allowance:
+        return _Allowance(
+            key=key,
+            per_minute=call.installation.rate_limit_account,
+            whose=whose,
+            condition=condition,
+            args=(account_id, identity.issuer, identity.subject),
+        )
+
+    members, staff = _account_keys(account_id)
+    found = [shared(members, "all who manage this account together", _MAY_MANAGE)]
+    if grant is None:
+        found.append(shared(staff, "all of the staff together, about this account", _IS_STAFF))
+    return found
+
+
+def _account_keys(account_id: UUID) -> tuple[str, str]:
+    return f"account:{account_id}", f"account:{account_id}:staff"
 
 
 async def _use(allowance: _Allowance) -> None:
@@ -133,7 +149,7 @@ async def _give_back(allowance: _Allowance) -> None:
 
 async def forget_account(account_id: UUID) -> None:
     """Remove an account's allowance, within the transaction that erases its data."""
-    await db.execute("DELETE FROM rate_limit WHERE key = $1", f"account:{account_id}")
+    await db.execute("DELETE FROM rate_limit WHERE key IN ($1, $2)", *_account_keys(account_id))
 
 
 async def forget(*, limit: int = 1_000) -> int:

@@ -50,6 +50,8 @@ _PATTERNS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
         ),
         rf"\g<name>{_REDACTED}",
     ),
+    # what PostgreSQL says of the row that it refuses: its values
+    (re.compile(r"\bDETAIL:[^\n]*"), f"DETAIL: {_REDACTED}"),
     # an email address, also percent-encoded, quoted, or at a host without dots
     (
         re.compile(rf"(?:\"[^\"\n]{{1,64}}\"|(?<!{_LOCAL}){_LOCAL}++)(?:@|%40)[^\s<>()\[\]\"',:;\\/&?|]{{1,255}}"),
@@ -107,7 +109,8 @@ def configure(*, format: Literal["json", "text"], level: str, stream: TextIO | N
 
 
 def redacted(text: str) -> str:
-    """`text` without bearer and JSON Web Tokens, named secrets, credentials in URLs, and email addresses.
+    """`text` without bearer and JSON Web Tokens, named secrets, credentials in URLs, the details of refused rows,
+    and email addresses.
 
     Rather hides too much than too little. A secret that nothing marks as one cannot be told from other text.
     """

@@ -76,12 +76,14 @@ async def open_database(settings: Settings) -> Database:
 
 async def check_clock(settings: Settings) -> None:
     """Refuse a database whose development clock was moved ahead, where the clock is to be the database's own: its
-    accounts were canceled at times that have not come yet."""
+    accounts were canceled at times that have not come yet. In production, see to it that nobody moves it by mistake."""
     ahead = await db.clock_offset()
     if ahead and settings.clock == "system":
         raise SettingsError(
             [f"SUNSET_CLOCK is system, and this database's was moved {ahead} ahead: begin with a new database."]
         )
+    if settings.environment == "production":
+        await db.fix_clock()
 
 
 async def check_plans(shared: Installation) -> None:

@@ -482,11 +482,13 @@ class Tombstone(Model):
 class ClockOffset(Model):
     """How far the development clock is ahead of the database's. One row; 0 unless it was moved.
 
-    Kept by the database: id is 1; offset_seconds >= 0 and never goes back.
+    Kept by the database: id is 1; offset_seconds >= 0 and never goes back, and is 0 once it is fixed.
     """
 
     id = fields.IntField(primary_key=True, generated=False)
     offset_seconds = fields.BigIntField()
+    fixed_at = UtcDatetimeField(null=True)
+    """Since when it cannot be moved: a production process has used the database."""
 
     class Meta:
         table = "clock_offset"

@@ -10,7 +10,7 @@ Knows rows and times, and neither SMTP nor templates.
 """
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -191,14 +191,20 @@ def backoff(attempt: int) -> timedelta:
     return longest * (0.5 + random.random() / 2)  # noqa: S311  spreads load; not a secret
 
 
-async def forget(*, limit: int = 1_000) -> int:
+async def forget(copies: Callable[[Sequence[str]], Awaitable[None]], *, limit: int = 1_000) -> int:
     """Delete settled messages that are older than `KEPT`, up to `limit`; dead letters stay until they are dropped.
-    Returns how many."""
-    return await db.execute(
-        "DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE created_at < $1 "
-        f"AND (delivered_at IS NOT NULL OR dropped_at IS NOT NULL) ORDER BY created_at LIMIT {int(limit)})",
+    `copies` takes away, first, what is kept of them outside of the database: it is found by these rows alone. Returns
+    how many."""
+    rows = await db.fetch(
+        "SELECT id, message_id FROM outbox WHERE created_at < $1 "
+        f"AND (delivered_at IS NOT NULL OR dropped_at IS NOT NULL) ORDER BY created_at LIMIT {int(limit)}",
         await db.now() - KEPT,
     )
+    if not rows:
+        return 0
+    await copies([row["message_id"] for row in rows])
+    marks = ", ".join(f"${index}" for index in range(1, len(rows) + 1))
+    return await db.execute(f"DELETE FROM outbox WHERE id IN ({marks})", *(db.as_uuid(row["id"]) for row in rows))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -402,7 +408,7 @@ async def drop(id_: UUID) -> None:
         if dropped is None:
             raise errors.Refusal(await _why_not(id_, "dropped"))
         if erased := _erased(dropped["template"]):
-            await db.execute(f"UPDATE outbox SET template = template{erased} WHERE id = $1", id_)
+            await db.execute(f"UPDATE outbox SET last_error = NULL{erased} WHERE id = $1", id_)
     await _scrub(dropped["template"])
 
 

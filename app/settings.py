@@ -392,7 +392,7 @@ class Settings:
             "Seconds that handing one message to the mail server may take.",
             default="30",
             example="10",
-            parse=partial(_integer, least=1, most=600),
+            parse=partial(_integer, least=1, most=240),  # less than an outbox lease
         )
     )
     mail_from: str = field(

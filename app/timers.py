@@ -179,7 +179,9 @@ class Timers:
                     if await move(shared, account_id):
                         done.append(account_id)
                 except errors.Unavailable:
-                    raise
+                    await db.now()  # Raises where it is the database that is away, and not one row that is held.
+                    _log.warning("timer.busy", timer=timer.name, account_id=str(account_id))
+                    self._resting[timer.name, account_id] = time.monotonic() + _REST_SECONDS
                 except Exception:
                     _log.exception("timer.failed", timer=timer.name, account_id=str(account_id))
                     self._resting[timer.name, account_id] = time.monotonic() + _REST_SECONDS
@@ -196,9 +198,8 @@ class Timers:
         async def all_of(shared: Installation, account_ids: Sequence[UUID]) -> Sequence[UUID]:
             try:
                 return await move(shared, account_ids)
-            except errors.Unavailable:
-                raise
             except Exception:
+                await db.now()
                 return await self._each(timer, one)(shared, account_ids)
 
         return all_of

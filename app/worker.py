@@ -107,7 +107,7 @@ class Worker:
         """Once an hour; at once again while there is more than one portion of anything."""
         if time.monotonic() < self._house_kept_until:
             return
-        if not await outbox.forget() + await idempotency.forget() + await limiting.forget():
+        if not await outbox.forget(self._mailer.forget) + await idempotency.forget() + await limiting.forget():
             self._house_kept_until = time.monotonic() + _HOUSEKEEPING_SECONDS
 
     async def _claim(self) -> bool:

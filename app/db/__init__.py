@@ -14,7 +14,7 @@ Nothing here creates tables (`app.db.migrate` does) or knows the domain: models 
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal, Self
@@ -48,6 +48,7 @@ __all__ = [
     "execute",
     "fetch",
     "fetch_one",
+    "fix_clock",
     "for_update",
     "listen",
     "notify",
@@ -265,20 +266,28 @@ async def clock_offset() -> timedelta:
     return timedelta(seconds=row["offset_seconds"] if row else 0)
 
 
-async def advance_clock(by: timedelta) -> datetime:
+async def advance_clock(by: timedelta) -> datetime | None:
     """Move the development clock ahead, for every process of the installation, and answer the time. It never goes
-    back. RuntimeError where the clock is the database's own."""
+    back. None, and nothing is done, where the clock is the database's own, or was fixed."""
     if not _bound.get().development_clock:
-        raise RuntimeError("The clock of this installation is the database's own and is not moved.")
-    await execute("UPDATE clock_offset SET offset_seconds = offset_seconds + $1", int(by.total_seconds()))
-    return await now()
+        return None
+    moved = await execute(
+        "UPDATE clock_offset SET offset_seconds = offset_seconds + $1 WHERE fixed_at IS NULL", int(by.total_seconds())
+    )
+    return await now() if moved else None
+
+
+async def fix_clock() -> None:
+    """Let nobody move the clock of this database any more, whatever their own settings say."""
+    await execute(f"UPDATE clock_offset SET fixed_at = {database_now_sql()} WHERE fixed_at IS NULL")
 
 
 async def scrub() -> None:
     """What was deleted and committed is not to be found in the database's files either, as far as the engine has that
     in hand: SQLite's log keeps old pages until they are written over. PostgreSQL's files are its server's matter."""
     if dialect() == "sqlite":
-        await _bound.get()._client.scrub()
+        with suppress(Unavailable):  # Readers are in the way: the next time takes this one's pages too.
+            await _bound.get()._client.scrub()
 
 
 async def exclusively(name: str) -> None:

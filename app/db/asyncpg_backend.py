@@ -131,6 +131,7 @@ class PostgresClient(AsyncpgDBClient):
                     "lock_timeout": f"{self._lock_seconds * 1000:.0f}",
                     "idle_in_transaction_session_timeout": f"{self._statement_seconds * 1000:.0f}",
                     "jit": "off",  # compiling costs more than these short statements
+                    "max_parallel_workers_per_gather": "0",  # starting workers costs more, too
                     "plan_cache_mode": "force_generic_plan",  # plan once, not at every execution
                     "tcp_keepalives_idle": "60",
                 },

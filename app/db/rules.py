@@ -91,8 +91,12 @@ _RAISE = "RAISE EXCEPTION '%', TG_NAME USING ERRCODE = 'integrity_constraint_vio
 
 
 def indexes(statements: str, dialect: Dialect) -> str:
-    """The statements, with `{binary}` as the collation by code points, which `accounts.page` sorts names by."""
-    return statements.format(binary="BINARY" if dialect == "sqlite" else '"C"')
+    """The statements, with `{binary}` as the collation by code points, which `accounts.page` sorts names by, and
+    `{leading_status}` in partial indexes on a status: SQLite prefers another index to one that does not begin with the
+    column, while PostgreSQL, to which it says nothing, would read the whole index for it."""
+    if dialect == "sqlite":
+        return statements.format(binary="BINARY", leading_status="status, ")
+    return statements.format(binary='"C"', leading_status="")
 
 
 def refusing(

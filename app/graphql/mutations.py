@@ -366,7 +366,7 @@ ReleaseDeletionResult = Annotated[
 
 @strawberry.input(description="Approves the deletions that have stopped.")
 class ApproveDeletionsInput:
-    count: int = describe("How many, as `deletionBreaker.due` says: nobody approves more than they saw.")
+    count: int = describe("How many, as `deletionBreaker.waiting` says: nobody approves more than they saw.")
     note: str = describe("Why, 1 to 2,000 characters.")
     idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
 

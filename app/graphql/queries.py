@@ -293,7 +293,7 @@ class Query:
     @root(Access.STAFF, "Whether deletions may begin, or have stopped because too many fell due.")
     async def deletion_breaker(self, info: Info) -> DeletionBreaker | None:
         await auth.require_staff(info.context.call)
-        return DeletionBreaker.of(await breaker.read(info.context.policy))
+        return DeletionBreaker.of(await breaker.read(info.context.policy, exact=True))
 
     @root(Access.STAFF, "Emails that were promised, newest first, with what became of each: dead letters, for example.")
     async def deliveries(

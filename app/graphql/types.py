@@ -498,9 +498,12 @@ class Deletion:
 class DeletionBreaker:
     _view: strawberry.Private[breaker.BreakerView]
     state: breaker.State = describe("Whether deletions may begin.")
-    due: int = describe("How many fall due, or have begun, within 24 hours; what `approveDeletions` wants.")
-    started: int = describe("How many have begun in the last 24 hours.")
-    allowed: int = describe("How many may, by the policy or by approval; at least, where few are due.")
+    waiting: int = describe(
+        "How many are due now or within 24 hours and have not begun: what `approveDeletions` wants."
+    )
+    due: int = describe("How many fall due, or have begun, within 24 hours; more than `allowed` stops all.")
+    started: int = describe("How many have begun in the last 24 hours, and since the last approval.")
+    allowed: int = describe("How many may, by the policy or by approval.")
     halted_at: datetime | None = describe("Since when all have stopped.")
     first_approved_at: datetime | None = describe("When the first of two persons approved; good for 24 hours.")
     first_approved_count: int | None = describe("How many they approved; the second approves the same number.")
@@ -511,6 +514,7 @@ class DeletionBreaker:
         return DeletionBreaker(
             _view=view,
             state=view.state,
+            waiting=view.waiting,
             due=view.due,
             started=view.started,
             allowed=view.allowed,

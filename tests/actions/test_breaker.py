@@ -237,6 +237,25 @@ async def test_what_was_approved_is_not_held_against_what_comes_after(house: Sta
     assert (await begun(), await state(house)) == (13, State.CLEAR)
 
 
+async def test_an_approval_lets_nothing_begin_that_nobody_approved(house: Stage, clock: StoppedClock) -> None:
+    """One approval while another one lasts: when the first ends, the second has not become larger."""
+    await many_canceled(house, 29, clock.now)
+    await house.timers().run()
+    await approved(house, 29)
+    await house.timers().run()
+    clock.forward(12 * HOUR)
+    await many_canceled(house, 31, clock.now, "second")
+    await house.timers().run()
+    assert await state(house) is State.HALTED
+    await approved(house, 31)
+    await house.timers().run()
+    assert await begun() == 60
+    clock.forward(12 * HOUR + MOMENT)
+    await many_canceled(house, 60, clock.now, "third")
+    await house.timers().run()
+    assert (await begun(), await state(house)) == (60, State.HALTED)
+
+
 async def test_an_approval_that_is_repeated_with_its_key_is_one_persons(house: Stage, clock: StoppedClock) -> None:
     await many_canceled(house, ALLOWED + 1, clock.now)
     await house.timers().run()

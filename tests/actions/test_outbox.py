@@ -13,6 +13,7 @@ import pytest
 
 from app import accounts, cancellation, db, outbox
 from app.db import Database
+from app.delivery.email import FolderMailer
 from app.errors import Contact, Refusal
 from app.messages import AccountDeleted, AccountRestarted
 from app.outbox import Addressed, Claimed, MessageView, State
@@ -475,3 +476,16 @@ async def test_the_rows_of_the_database_hold_no_secret(house: Stage) -> None:
     text = orjson.dumps(stored, default=str).decode()
     assert all(secret not in text for secret in secrets)
     assert "eyJ" not in text, "no signed token"
+
+
+async def test_what_is_old_is_thrown_away_with_its_copy_in_the_folder(house: Stage) -> None:
+    """Once the row is gone, nothing would find the letter any more: not even the erasure of the account."""
+    await house.cancel()
+    assert len(await house.letters()) == 2
+    folder = FolderMailer(house.mail)
+    await db.advance_clock(outbox.KEPT - timedelta(minutes=1))
+    assert await outbox.forget(folder.forget) == 0
+    await db.advance_clock(timedelta(minutes=2))
+    assert await outbox.forget(folder.forget) == 2
+    assert list(house.mail.glob("*.eml")) == []
+    assert await db.fetch("SELECT id FROM outbox") == []

@@ -240,3 +240,23 @@ def test_values_of_both_engines_are_read() -> None:
     assert db.as_datetime(WHOLE_SECOND.astimezone(BERLIN_SUMMER)).tzinfo is UTC
     with pytest.raises(ValueError, match="without a zone"):
         db.as_datetime("2026-03-29 01:00:00")
+
+
+async def test_the_databases_own_clock_is_not_moved(database: Database) -> None:
+
+    assert await db.advance_clock(timedelta(days=1)) is not None
+    other = await Database.open(database.url, development_clock=False)
+    try:
+        with other.bind():
+            assert await db.advance_clock(timedelta(days=1)) is None
+    finally:
+        await other.close()
+    assert await db.clock_offset() == timedelta(days=1)
+
+
+async def test_a_clock_that_was_fixed_is_moved_by_nobody(database: Database) -> None:
+    """What production has used, nobody moves by mistake, whatever the settings of their own process say."""
+    await db.fix_clock()
+    await db.fix_clock()
+    assert await db.advance_clock(timedelta(days=1)) is None
+    assert await db.clock_offset() == timedelta()

@@ -396,6 +396,7 @@ ATTEMPTS = [
     Attempt("tombstone_is_never_changed", f"UPDATE tombstone SET reason = NULL WHERE id = {TOMBSTONE}"),
     Attempt("tombstone_is_kept", f"DELETE FROM tombstone WHERE id = {TOMBSTONE}"),
     Attempt("clock_offset_one", insert("clock_offset", id=2, offset_seconds=0)),
+    Attempt("clock_offset_fixed", f"UPDATE clock_offset SET fixed_at = {day(1)}"),
     Attempt("clock_never_goes_back", "UPDATE clock_offset SET offset_seconds = 3599"),
     Attempt("clock_is_kept", "DELETE FROM clock_offset"),
 ]

@@ -204,7 +204,9 @@ async def test_what_is_new_has_the_right_values(first: Database) -> None:
             new = {name: value for name, value in row.items() if name not in columns[table]}
             new.pop("reminder_due_at", None)
             assert set(new.values()) <= {None}, (table, new)
-    assert await rows(NEW_TABLES) == Counter([("clock_offset", (("id", "1"), ("offset_seconds", "0")))])
+    assert await rows(NEW_TABLES) == Counter(
+        [("clock_offset", (("id", "1"), ("offset_seconds", "0"), ("fixed_at", "None")))]
+    )
 
 
 async def test_the_application_goes_on_with_what_the_first_version_began(first: Database, tmp_path: Path) -> None:

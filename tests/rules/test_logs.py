@@ -176,6 +176,7 @@ SECRETS = {
     "international address": ("canaryä@exämple.example", "canary"),
     "its host": ("alice@canary.example", "canary"),
     "several": ("a@x.example, canary@y.example;canary@z.example", "canary"),
+    "database's refused row": ("DETAIL:  Failing row contains (7, Zoe Canary, KING).", "Canary"),
     "database's detail": ("DETAIL: Key (email)=(canary@acme.example) already exists.", "canary"),
 }
 

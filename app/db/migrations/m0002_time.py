@@ -102,7 +102,11 @@ TABLES = [
     table(
         "ClockOffset",
         "clock_offset",
-        [("id", fields.IntField(primary_key=True, generated=False)), ("offset_seconds", fields.BigIntField())],
+        [
+            ("id", fields.IntField(primary_key=True, generated=False)),
+            ("offset_seconds", fields.BigIntField()),
+            ("fixed_at", UtcDatetimeField(null=True)),
+        ],
     ),
     table(
         "RateLimit",
@@ -174,6 +178,7 @@ CHECKS = [
         ),
     ),
     Check("clock_offset", "one", "NEW.id = 1 AND NEW.offset_seconds >= 0"),
+    Check("clock_offset", "fixed", "NEW.fixed_at IS NULL OR NEW.offset_seconds = 0"),
 ]
 
 REFUSALS = [
@@ -194,7 +199,7 @@ APPEND_ONLY = {"tombstone": "id = NEW.id OR account_id = NEW.account_id", "clock
 
 INDEXES = """
 CREATE INDEX account_reminder ON account (reminder_due_at) WHERE reminder_due_at IS NOT NULL;
-CREATE INDEX account_deletion_due ON account (status, deletion_scheduled_for, id) WHERE status = 'CANCELED';
+CREATE INDEX account_deletion_due ON account ({leading_status}deletion_scheduled_for, id) WHERE status = 'CANCELED';
 CREATE INDEX account_deletion_started ON account (deletion_started_at) WHERE deletion_started_at IS NOT NULL;
 CREATE INDEX account_held ON account (deletion_held_at) WHERE deletion_held_at IS NOT NULL;
 CREATE INDEX account_window ON account (restartable_until, id) WHERE restartable_until IS NOT NULL;
