@@ -228,7 +228,7 @@ async def _halted(found: BreakerView, count: int) -> DeletionBreaker:
         raise errors.DeletionsNotHalted("The deletions have not stopped; there is nothing to approve.")
     if count != found.waiting:
         raise errors.InvalidInput(
-            f"{found.waiting} deletions wait to begin within 24 hours, not {count}. Look again, and approve what you saw.",
+            f"{found.waiting} deletions wait to begin within 24 hours, not {count}. Approve what you saw.",
             field="count",
         )
     return await DeletionBreaker.get(approved_at=None)
