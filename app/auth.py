@@ -24,6 +24,7 @@ from app.lifecycle import (
     StaffRole,
 )
 from app.policy import Policy
+from app.receivers import Receivers
 from app.tokens import Identity, Tokens
 
 
@@ -43,6 +44,8 @@ class Installation:
     """The same about one account, by everybody together."""
     request_timeout: timedelta
     """How long a request may wait for the database."""
+    receivers: Receivers
+    """To whom webhooks may be sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,12 @@ class Caller:
         if self.identity.grant is not None:
             return False
         return self.staff is not None or (self.member is not None and self.member.has_billing_permission)
+
+    def sees_webhooks(self) -> bool:
+        """Staff, and services with the scope `webhooks`."""
+        if self.identity.grant is not None:
+            return False
+        return self.staff is not None or (self.service is not None and Scope.WEBHOOKS in self.service.scopes)
 
     def actor(self) -> Actor:
         """What the caller is to the account asked about, for the rules."""
@@ -305,6 +314,23 @@ async def require_scope(call: Call, scope: Scope) -> Caller:
     caller = await require_known(call)
     if caller.service is None or scope not in caller.service.scopes:
         raise errors.PermissionDenied(f"This needs a service token whose service has the scope {scope.value!r}.")
+    return caller
+
+
+async def require_webhook_reader(call: Call) -> Caller:
+    """The caller, when they are staff or a service with the scope `webhooks`. Raises `Forbidden`."""
+    caller = await require_known(call)
+    if not caller.sees_webhooks():
+        raise errors.Forbidden("This is for staff, and for services with the scope 'webhooks'.")
+    return caller
+
+
+async def require_webhook_manager(call: Call) -> Caller:
+    """The caller, when they are of the billing team or a service with the scope `webhooks`. Raises
+    `PermissionDenied`."""
+    caller = await require_known(call)
+    if not caller.sees_webhooks() or (caller.staff is not None and caller.staff.role is not StaffRole.BILLING_TEAM):
+        raise errors.PermissionDenied("Only the billing team, and services with the scope 'webhooks', manage webhooks.")
     return caller
 
 

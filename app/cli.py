@@ -16,7 +16,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, TypeVar
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from app.db import Database
     from app.outbox import MessageView
+    from app.receivers import Receivers
+    from app.webhooks import DeliveryView, EndpointView
 
 T = TypeVar("T")
 
@@ -54,9 +56,11 @@ staff_commands = typer.Typer(help="People of the company that runs the SaaS.", n
 service_commands = typer.Typer(help="Other systems of that company.", no_args_is_help=True)
 deletions_commands = typer.Typer(help="What is to be deleted, and whether it may be.", no_args_is_help=True)
 deliveries_commands = typer.Typer(help="The emails that were promised, and what became of them.", no_args_is_help=True)
+webhooks_commands = typer.Typer(help="Who is told of events, and what became of them.", no_args_is_help=True)
 clock_commands = typer.Typer(help="The development clock.", no_args_is_help=True)
 app.add_typer(deletions_commands, name="deletions")
 app.add_typer(deliveries_commands, name="deliveries")
+app.add_typer(webhooks_commands, name="webhooks")
 app.add_typer(clock_commands, name="clock")
 app.add_typer(policy_commands, name="policy")
 app.add_typer(email_commands, name="emails")
@@ -601,6 +605,14 @@ class _DeliveryState(StrEnum):
     DROPPED = "dropped"
 
 
+class _WebhookState(StrEnum):
+    """`app.webhooks.State`, likewise."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    DEAD = "dead"
+
+
 _MESSAGE = typer.Argument(metavar="ID", help="As `sunset deliveries list` says it, or the Message-ID.")
 
 
@@ -737,6 +749,209 @@ def _message_key(text: str) -> UUID:
         raise typer.BadParameter(
             "a message is named by the id that `sunset deliveries list` says, or by its Message-ID", param_hint="ID"
         ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------- webhooks
+
+_ENDPOINT = typer.Argument(metavar="ENDPOINT", help="An endpoint, as `sunset webhooks list` says it.")
+_TYPE = typer.Option("--type", metavar="TYPE", help="Only events of this type; several times: of these.")
+
+
+async def _with_receivers(settings: Settings, act: Callable[["Receivers"], Awaitable[T]]) -> T:
+    from app.receivers import Receivers
+
+    async with _database(settings):
+        return await act(Receivers(settings.webhook_allow))
+
+
+def _webhook_key(text: str, kind: str) -> UUID:
+    from app import ids
+
+    key = ids.decode_as(ids.Kind[kind], text)
+    if key is None:
+        raise typer.BadParameter(f"{text!r} is no id of that kind")
+    return key
+
+
+def _tell_endpoint(settings: Settings, view: "EndpointView", generation: int | None = None) -> None:
+    from app import ids
+    from app.tokens import Tokens
+
+    _columns([(ids.encode(ids.Kind.WEBHOOK_ENDPOINT, view.id), _printable(view.url))])
+    if generation is not None:
+        print(Tokens.from_settings(settings).webhook_secret(view.id, generation))
+
+
+@webhooks_commands.command("list")
+def webhooks_list() -> None:
+    """List the endpoints: id, URL, state, failures in a row, which events, what for."""
+    from app import ids, webhooks
+
+    async def read() -> list["EndpointView"]:
+        async with _database(_settings()):
+            found: list[EndpointView] = []
+            while page := await webhooks.endpoints(
+                after=(found[-1].created_at, found[-1].id) if found else None, limit=500
+            ):
+                found += page
+            return found
+
+    _columns(
+        [
+            (
+                ids.encode(ids.Kind.WEBHOOK_ENDPOINT, one.id),
+                _printable(one.url),
+                "enabled" if one.disabled_at is None else f"disabled {one.disabled_at:%Y-%m-%d}",
+                str(one.failures),
+                ",".join(one.event_types) or "all",
+                _printable(one.description),
+            )
+            for one in _run(read())
+        ]
+    )
+
+
+@webhooks_commands.command("add")
+def webhooks_add(
+    url: Annotated[str, typer.Argument(metavar="URL")],
+    types: Annotated[list[str] | None, _TYPE] = None,
+    description: Annotated[str | None, typer.Option(help="What it is for.")] = None,
+) -> None:
+    """Add an endpoint. Prints its id, and the secret that signs its events, which is told here alone."""
+    from app import endpoints
+
+    settings = _settings()
+    made = _run(
+        _with_receivers(
+            settings,
+            lambda receivers: endpoints.create(None, receivers, url=url, description=description, event_types=types),
+        )
+    )
+    _tell_endpoint(settings, made.endpoint, made.secret_generation)
+
+
+@webhooks_commands.command("update")
+def webhooks_update(
+    endpoint: Annotated[str, _ENDPOINT],
+    url: Annotated[str | None, typer.Option(help="Where events are sent from now on.")] = None,
+    types: Annotated[list[str] | None, _TYPE] = None,
+    all_types: Annotated[bool, typer.Option("--all-types", help="Events of all types.")] = False,
+    description: Annotated[str | None, typer.Option(help="What it is for.")] = None,
+) -> None:
+    """Change what is given of an endpoint."""
+    from app import endpoints
+
+    settings, key = _settings(), _webhook_key(endpoint, "WEBHOOK_ENDPOINT")
+    wanted = [] if all_types else types or None
+    view = _run(
+        _with_receivers(
+            settings,
+            lambda receivers: endpoints.update(
+                None, receivers, key, url=url, description=description, event_types=wanted
+            ),
+        )
+    )
+    _tell_endpoint(settings, view)
+
+
+@webhooks_commands.command("rotate")
+def webhooks_rotate(endpoint: Annotated[str, _ENDPOINT]) -> None:
+    """Make a new secret, and print it. For 24 hours the one before signs too."""
+    from app import endpoints
+
+    settings, key = _settings(), _webhook_key(endpoint, "WEBHOOK_ENDPOINT")
+    made = _run(_with_receivers(settings, lambda _: endpoints.rotate(None, key)))
+    _tell_endpoint(settings, made.endpoint, made.secret_generation)
+
+
+@webhooks_commands.command("disable")
+def webhooks_disable(endpoint: Annotated[str, _ENDPOINT]) -> None:
+    """Tell an endpoint nothing any more. What it was promised waits four days at most."""
+    from app import endpoints
+
+    settings, key = _settings(), _webhook_key(endpoint, "WEBHOOK_ENDPOINT")
+    _run(_with_receivers(settings, lambda _: endpoints.disable(None, key)))
+    print(f"{endpoint} is disabled.")
+
+
+@webhooks_commands.command("enable")
+def webhooks_enable(endpoint: Annotated[str, _ENDPOINT]) -> None:
+    """Tell an endpoint again; what waits for it is due."""
+    from app import endpoints
+
+    settings, key = _settings(), _webhook_key(endpoint, "WEBHOOK_ENDPOINT")
+    _run(_with_receivers(settings, lambda _: endpoints.enable(None, key)))
+    print(f"{endpoint} is enabled.")
+
+
+@webhooks_commands.command("ping")
+def webhooks_ping(endpoint: Annotated[str, _ENDPOINT]) -> None:
+    """Send an endpoint an event about nothing. Prints the delivery's id; the worker delivers it."""
+    from app import endpoints, ids
+
+    settings, key = _settings(), _webhook_key(endpoint, "WEBHOOK_ENDPOINT")
+    delivery = _run(_with_receivers(settings, lambda _: endpoints.ping(None, key)))
+    print(ids.encode(ids.Kind.WEBHOOK_DELIVERY, delivery.id))
+
+
+@webhooks_commands.command("deliveries")
+def webhooks_deliveries(
+    endpoint: Annotated[str | None, typer.Option(metavar="ENDPOINT", help="To this endpoint.")] = None,
+    state: Annotated[list[_WebhookState] | None, typer.Option(help="In this state; several times: in any.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 50,
+) -> None:
+    """List deliveries, newest first: id, state, when promised, what, tries, status, milliseconds, next try, error."""
+    from app import ids, webhooks
+
+    settings = _settings()
+    key = None if endpoint is None else _webhook_key(endpoint, "WEBHOOK_ENDPOINT")
+    states = None if not state else frozenset(webhooks.State[one.name] for one in state)
+
+    async def read() -> list["DeliveryView"]:
+        async with _database(settings):
+            return await webhooks.page(endpoint_id=key, states=states, limit=limit + 1)
+
+    found = _run(read())
+    _columns(
+        [
+            (
+                ids.encode(ids.Kind.WEBHOOK_DELIVERY, one.id),
+                one.state.value,
+                _minute(one.created_at),
+                one.type,
+                str(one.attempts),
+                str(one.last_status or ""),
+                str(one.last_latency_ms or ""),
+                _minute(one.due_at) if one.state is webhooks.State.PENDING else "",
+                _printable(one.last_error or ""),
+            )
+            for one in found[:limit]
+        ]
+    )
+    if len(found) > limit:
+        print(f"There are more: --limit {limit * 2}", file=sys.stderr)
+
+
+@webhooks_commands.command("redeliver")
+def webhooks_redeliver(
+    delivery: Annotated[str | None, typer.Argument(metavar="[ID]", help="One delivery: its webhook-id.")] = None,
+    endpoint: Annotated[str | None, typer.Option(metavar="ENDPOINT", help="All of an endpoint; with --since.")] = None,
+    since: Annotated[datetime | None, typer.Option(help="Those promised then (UTC) or later.")] = None,
+) -> None:
+    """Deliver again, with the same webhook-id, whatever came of it: one, or all of an endpoint since a time."""
+    from app import endpoints
+
+    settings = _settings()
+    if delivery is not None and endpoint is None and since is None:
+        one = _webhook_key(delivery, "WEBHOOK_DELIVERY")
+        _run(_with_receivers(settings, lambda _: endpoints.redeliver(None, one)))
+        print(f"{delivery} is due now.")
+    elif delivery is None and endpoint is not None and since is not None:
+        key, moment = _webhook_key(endpoint, "WEBHOOK_ENDPOINT"), since.replace(tzinfo=UTC)
+        count = _run(_with_receivers(settings, lambda _: endpoints.redeliver_since(None, key, moment)))
+        print(f"{count:,} deliveries are due now.")
+    else:
+        raise typer.BadParameter("say which: an ID, or --endpoint with --since")
 
 
 @app.command()

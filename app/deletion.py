@@ -260,7 +260,7 @@ async def _begin(account_id: UUID) -> bool:
 
 # --------------------------------------------------------------------------------------------------------- erase
 
-ERASED = ("member", "feedback", "offer", "restart_request", "idempotency_record", "outbox")
+ERASED = ("member", "feedback", "offer", "restart_request", "idempotency_record", "outbox", "webhook_delivery")
 """The tables whose rows about an account are deleted. What stays of the others holds no personal datum."""
 
 
@@ -280,7 +280,7 @@ def tombstone_reference(reference: str) -> str:
 async def erase(installation: Installation, forget: Forget, account_id: UUID) -> bool:
     """Sunset's own step: erase every personal datum of the account, leave the tombstone, promise the last email.
 
-    Waits until every message about the account is delivered or dead, which an outbox row is within a week, so that
+    Waits until every email and every event about the account is delivered or dead, which each is within a week, so that
     nothing that was promised goes untold; and until every other system's step is done. Repeating it does nothing.
     """
     try:
@@ -338,15 +338,21 @@ async def _erase(installation: Installation, forget: Forget, account_id: UUID) -
 async def _waits_for(account_id: UUID) -> str | None:
     row = await db.fetch_one(
         "SELECT (SELECT COUNT(*) FROM outbox WHERE account_id = $1 AND delivered_at IS NULL AND dead_at IS NULL "
-        "AND dropped_at IS NULL) AS messages, (SELECT COUNT(*) FROM deletion_step WHERE account_id = $1 "
-        "AND system <> $2 AND completed_at IS NULL) AS steps",
+        "AND dropped_at IS NULL) AS messages, (SELECT COUNT(*) FROM webhook_delivery WHERE account_id = $1 "
+        "AND delivered_at IS NULL AND dead_at IS NULL) AS webhooks, (SELECT COUNT(*) FROM deletion_step "
+        "WHERE account_id = $1 AND system <> $2 AND completed_at IS NULL) AS steps",
         account_id,
         OWN_SYSTEM,
     )
     assert row is not None
-    for number, what in ((row["messages"], "message"), (row["steps"], "other system")):
+    for number, what in (
+        (row["messages"], "message"),
+        (row["webhooks"], "webhook delivery"),
+        (row["steps"], "other system"),
+    ):
         if number:
-            return f"waits for {number} {what}{'' if number == 1 else 's'}"
+            many = what.removesuffix("y") + "ies" if what.endswith("y") else f"{what}s"
+            return f"waits for {number} {what if number == 1 else many}"
     return None
 
 
@@ -403,6 +409,7 @@ async def _erase_rows(installation: Installation, account: AccountView, step: De
         request_id=None,
         actor=SYSTEM,
         now=now,
+        reference=account.reference,
     )
     canceled_at = account.canceled_at
     await people.write(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from app import accounts, db, metrics
+from app import accounts, db, metrics, webhooks
+from app.events import CATALOGUE, Event, Said
 from app.lifecycle import AccountStatus, Actor, ActorKind, TransitionType
 from app.models import Transition
 
@@ -23,16 +24,24 @@ async def append(
     actor: Actor,
     now: datetime,
     new_epoch: bool = False,
+    offer_code: str | None = None,
+    reference: str | None = None,
 ) -> None:
-    """Add a transition; `status` is the account's after it. `new_epoch`: a cancellation took effect, or a restart."""
+    """Add a transition, and promise the event that tells of it to who wants to know. To be called when the account's
+    row is as the transition leaves it; `status` is its status then. `new_epoch`: a cancellation took effect, or a
+    restart. `offer_code`: which offer was answered. `reference`: what the account was called, where its row has
+    forgotten it."""
     row = await db.fetch_one(
         "UPDATE account SET last_sequence = last_sequence + 1, epoch = epoch + $2 WHERE id = $1 "
-        "RETURNING last_sequence, epoch",
+        "RETURNING last_sequence, epoch, reference, cancellation_effective_at, canceled_at, restartable_until, "
+        "deletion_scheduled_for",
         account_id,
         int(new_epoch),
     )
     assert row is not None, f"account {account_id} vanished under its lock"
+    transition_id = db.uuid7()
     await Transition.create(
+        id=transition_id,
         account_id=account_id,
         sequence=row["last_sequence"],
         epoch=row["epoch"],
@@ -43,7 +52,36 @@ async def append(
         account_status=status,
         occurred_at=now,
     )
+    await webhooks.put(
+        Event(
+            id=transition_id,
+            type=kind,
+            account_id=account_id,
+            account_reference=reference or row["reference"],
+            status=status,
+            epoch=row["epoch"],
+            sequence=row["last_sequence"],
+            request_id=request_id,
+            occurred_at=now,
+            effective_at=db.as_datetime(row["cancellation_effective_at"]),
+            canceled_at=db.as_datetime(row["canceled_at"]),
+            restartable_until=db.as_datetime(row["restartable_until"]),
+            deletion_scheduled_for=db.as_datetime(row["deletion_scheduled_for"]),
+            offer_code=offer_code,
+            feedback=await _said(kind, request_id),
+        )
+    )
     db.on_commit(lambda: metrics.transition(kind))
+
+
+async def _said(kind: TransitionType, request_id: UUID | None) -> list[Said]:
+    """The feedback that the event tells, oldest first."""
+    if request_id is None or "feedback" not in CATALOGUE[kind].more:
+        return []
+    told = (await accounts.feedback_of([request_id]))[request_id]
+    if kind is TransitionType.FEEDBACK_SUBMITTED:
+        told = told[-1:]
+    return [Said(reason=one.reason, comment=one.comment, submitted_at=one.submitted_at) for one in told]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

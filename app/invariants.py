@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from app import db
-from app.db.migrations import m0001_initial, m0002_time
+from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks
 from app.deletion import ERASED, OWN_SYSTEM, tombstone_reference
 from app.lifecycle import OPEN_REQUEST, AccountStatus, RequestStatus, TransitionType
 from app.messages import CATALOGUE
 from app.outbox import MAX_ATTEMPTS
+from app.webhooks import ERASED_TYPE
 
 LISTED = 20
 """So many of the rows that break one rule are named; the others are counted."""
@@ -70,6 +71,11 @@ _DELETION_BEGUN = _codes({AccountStatus.DELETING, AccountStatus.DELETED})
 _GONE = tombstone_reference("")
 _ERASED_TEMPLATES = _codes(name for name, email in CATALOGUE.items() if email.erased_when_settled)
 
+_KEPT_OF_THE_DELETED = {
+    "outbox": f" AND x.template NOT IN {_ERASED_TEMPLATES}",
+    "webhook_delivery": f" AND x.type <> '{ERASED_TYPE}'",
+}
+
 _ARROWS = frozenset(
     {
         (AccountStatus.ACTIVE, AccountStatus.CANCELLATION_SCHEDULED),
@@ -117,7 +123,8 @@ _ENDS: Mapping[RequestStatus, TransitionType] = {
 
 def _kept_by_the_database() -> Iterable[Rule]:
     """The conditions on single rows that the migrations have the database keep: here they are asked once more."""
-    kept = [check for check in m0001_initial.CHECKS if check not in m0002_time.REPLACED] + m0002_time.CHECKS
+    kept = [check for check in m0001_initial.CHECKS if check not in m0002_time.REPLACED]
+    kept += m0002_time.CHECKS + m0003_webhooks.CHECKS
     for check in kept:
         if (check.table, check.name) == ("clock_offset", "one"):
             continue  # with two clocks, nothing here could ask for the time
@@ -354,7 +361,7 @@ _DELETION_RULES = (
             of=table,
             wrong="belongs to an account that is deleted",
             broken=f"SELECT x.id FROM {table} x JOIN account a ON a.id = x.account_id WHERE a.status = 'DELETED'"
-            + (f" AND x.template NOT IN {_ERASED_TEMPLATES}" if table == "outbox" else ""),
+            + _KEPT_OF_THE_DELETED.get(table, ""),
         )
         for table in ERASED
     ),
@@ -396,6 +403,13 @@ _MESSAGE_RULES = (
         broken="SELECT id FROM outbox "
         "WHERE (delivered_at IS NOT NULL OR dead_at IS NOT NULL OR dropped_at IS NOT NULL) "
         f"AND template IN {_ERASED_TEMPLATES} AND (recipient_address <> '' OR recipient_name <> '')",
+    ),
+    Rule(
+        name="last_event_is_erased",
+        of="webhook_delivery",
+        wrong="is settled, and still tells what the deleted account was called",
+        broken="SELECT id FROM webhook_delivery WHERE (delivered_at IS NOT NULL OR dead_at IS NOT NULL) "
+        f"AND type = '{ERASED_TYPE}' AND payload <> ''",
     ),
 )
 

@@ -85,6 +85,7 @@ class Scope(StrEnum):
     PROVISION = "provision"
     GATE = "gate"
     DELETION = "deletion"
+    WEBHOOKS = "webhooks"
 
 
 class FeedbackReason(StrEnum):

@@ -33,6 +33,7 @@ from app.graphql.http import GraphQLEndpoint
 from app.graphql.refusals import HANDLERS
 from app.graphql.schema import SCHEMA, printed
 from app.observation import observe
+from app.receivers import Receivers
 from app.settings import Settings, SettingsError
 from app.tokens import DEVELOPMENT_ISSUER, Tokens
 from app.web import gate, graphiql, links, mailbox
@@ -51,6 +52,7 @@ def installation(settings: Settings) -> Installation:
         rate_limit_caller=settings.rate_limit_caller,
         rate_limit_account=settings.rate_limit_account,
         request_timeout=timedelta(seconds=settings.request_timeout),
+        receivers=Receivers(settings.webhook_allow),
     )
 
 

@@ -505,3 +505,68 @@ class RateLimit(Model):
 
     class Meta:
         table = "rate_limit"
+
+
+class WebhookEndpoint(Model):
+    """Where another system hears of what happens. About nobody's account; never deleted, only disabled.
+
+    Kept by the database: secret_generation and failures >= 0; disabled_at and disabled_reason together.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    url = fields.TextField()
+    description = fields.TextField()
+    event_types = fields.TextField()
+    """Those that it wants, separated by spaces; empty: all."""
+    secret_generation = fields.IntField()
+    """Its secret derives from this and the installation's; no secret is stored."""
+    previous_secret_until = UtcDatetimeField(null=True)
+    """Until when the secret of the generation before signs too."""
+    created_at = UtcDatetimeField()
+    disabled_at = UtcDatetimeField(null=True)
+    disabled_reason = fields.TextField(null=True)
+    failures = fields.IntField()
+    """In a row."""
+    paused_until = UtcDatetimeField(null=True)
+    """Its deliveries wait until then, because it has failed."""
+
+    class Meta:
+        table = "webhook_endpoint"
+
+
+class WebhookDelivery(Model):
+    """An event that the database has promised to an endpoint; its id is the `webhook-id`. `app.webhooks` alone writes
+    this table.
+
+    Kept by the database: (endpoint, account, sequence) unique; at most one of delivered_at and dead_at, and no lease
+    then; account_id, sequence and epoch together; attempts >= 0.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    endpoint: fields.ForeignKeyRelation[WebhookEndpoint] = fields.ForeignKeyField(
+        "models.WebhookEndpoint", on_delete=fields.RESTRICT, related_name="deliveries"
+    )
+    endpoint_id: UUID
+    account_id = fields.UUIDField(null=True)
+    """None for a ping."""
+    sequence = fields.IntField(null=True)
+    epoch = fields.IntField(null=True)
+    type = fields.CharField(max_length=64)
+    payload = fields.TextField()
+    """The body, letter for letter; empty once the account's data is gone and this is settled."""
+    created_at = UtcDatetimeField()
+    queued_at = UtcDatetimeField()
+    """Since when it is tried: its creation, or when it was last asked to be delivered again."""
+    due_at = UtcDatetimeField()
+    """When the next try may begin. A claim pushes it to the end of its lease."""
+    lease = fields.UUIDField(null=True)
+    attempts = fields.IntField()
+    last_attempt_at = UtcDatetimeField(null=True)
+    last_status = fields.IntField(null=True)
+    last_latency_ms = fields.IntField(null=True)
+    last_error = fields.TextField(null=True)
+    delivered_at = UtcDatetimeField(null=True)
+    dead_at = UtcDatetimeField(null=True)
+
+    class Meta:
+        table = "webhook_delivery"

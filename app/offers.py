@@ -131,6 +131,7 @@ async def _settle(installation: Installation, acting: Acting, offer_id: UUID, ac
         request_id=request.id,
         actor=acting.actor,
         now=acting.now,
+        offer_code=offer.code,
     )
     if accepting:
         await CancellationRequest.filter(id=request.id, status=request.status).update(

@@ -188,6 +188,20 @@ def _metrics_token(value: str) -> str:
     return value
 
 
+def _webhook_allow(value: str) -> str:
+    """Hosts, addresses and networks, checked and kept as they are written."""
+    for one in (part.strip() for part in _text(value).split(",")):
+        try:
+            ipaddress.ip_network(one)
+        except ValueError:
+            numeric = not one.strip("0123456789./:")  # a network that is none, and no name either
+            if numeric or not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?", one):
+                raise _Unusable(
+                    "hosts, addresses and networks, separated by commas, such as hooks.internal,10.1.0.0/16"
+                ) from None
+    return value
+
+
 # --- Defaults that depend on other settings: each is given those read before it --------------------------------------
 
 _Default = str | Callable[[Mapping[str, Any]], str]
@@ -219,6 +233,10 @@ def _default_starttls(values: Mapping[str, Any]) -> str:
 
 def _default_clock(values: Mapping[str, Any]) -> str:
     return "development" if values["environment"] == "development" else "system"
+
+
+def _default_webhook_allow(values: Mapping[str, Any]) -> str:
+    return "localhost,127.0.0.0/8,::1" if values["environment"] == "development" else ""
 
 
 def _default_log_format(_: Mapping[str, Any]) -> str:
@@ -462,6 +480,16 @@ class Settings:
             default="4",
             example="16",
             parse=partial(_integer, least=1, most=64),
+        )
+    )
+    webhook_allow: str = field(
+        metadata=_setting(
+            "Receivers of webhooks that need not be public or https: hosts, addresses and networks, separated by "
+            "commas. Everything else that is private is refused.",
+            default=_default_webhook_allow,
+            default_in_words="none; this machine in development",
+            example="hooks.internal,10.1.0.0/16",
+            parse=_webhook_allow,
         )
     )
     request_timeout: int = field(

@@ -116,12 +116,14 @@ class Tokens:
         development: Ed25519PrivateKey | None,
         link: Ed25519PrivateKey,
         confirmation_key: bytes,
+        webhook_key: bytes,
         clock: Callable[[], float],
     ) -> None:
         self._issuers = issuers
         self._development = development
         self._link = link
         self._confirmation_key = confirmation_key
+        self._webhook_key = webhook_key
         self._clock = clock
         self._verified: OrderedDict[bytes, tuple[float, Identity]] = OrderedDict()
 
@@ -150,6 +152,7 @@ class Tokens:
             development=development,
             link=link,
             confirmation_key=settings.derive_key("confirmation tokens"),
+            webhook_key=settings.derive_key("webhook secrets"),
             clock=clock,
         )
 
@@ -246,6 +249,12 @@ class Tokens:
         """
         message = f"{request_id}/{generation}".encode()
         return _base64url(hmac.digest(self._confirmation_key, message, hashlib.sha256))
+
+    def webhook_secret(self, endpoint_id: UUID, generation: int) -> str:
+        """The secret that signs what an endpoint is sent, as Standard Webhooks writes it: 256 bits that only this
+        installation can tell, the same for the same arguments, so that it need not be stored."""
+        secret = hmac.digest(self._webhook_key, f"{endpoint_id}/{generation}".encode(), hashlib.sha256)
+        return "whsec_" + base64.b64encode(secret).decode()
 
 
 def hash_confirmation_token(token: str) -> str:

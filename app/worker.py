@@ -3,9 +3,10 @@
 1. Sleep until a transaction wakes the outbox's channel, something is due, or a few seconds have passed.
 2. Claim as many messages as there are free places, and deliver them at the same time, each with its own deadline.
 3. Settle each: delivered, another try later, or a dead letter.
-4. Beside it, so that neither waits for the other: carry out what is due by the clock (`app.timers`), and once an hour
+4. Beside it the same for webhooks, of which many more are under way at a time, since they wait for strangers.
+5. Beside both, so that none waits for another: carry out what is due by the clock (`app.timers`), and once an hour
    throw away what has been kept long enough.
-5. When told to stop: begin nothing more, let what is on its way end within the grace period, then return.
+6. When told to stop: begin nothing more, let what is on its way end within the grace period, then return.
 
 Any number of workers may run, in the API's process or in their own. A worker that is killed loses nothing: its
 claims lapse, and the copies that a receiver may then see share their Message-ID.
@@ -14,14 +15,16 @@ claims lapse, and the copies that a receiver may then see share their Message-ID
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
-from datetime import timedelta
+from collections.abc import Awaitable, Callable, Coroutine
+from datetime import datetime, timedelta
+from typing import Any, Generic, TypeVar
 
 import structlog
 
-from app import db, idempotency, limiting, metrics, outbox, tracing
+from app import db, events, idempotency, ids, limiting, metrics, outbox, tracing, webhooks
 from app.auth import Installation
 from app.delivery.email import DeliveryError, Mailer, Recipient, compose, render
+from app.delivery.webhook import Poster, signed
 from app.errors import Unavailable
 from app.lifecycle import LinkPurpose
 from app.messages import Link
@@ -33,9 +36,87 @@ _log = structlog.stdlib.get_logger(__name__)
 POLL_SECONDS = 5.0
 """The longest sleep: what is due by the clock alone is at most this late, and a lost wake-up costs no more."""
 
+WEBHOOKS_AT_A_TIME = 256
+"""Exchanges under way; all of them mostly wait."""
+
+GONE = 410
+"""The status by which a receiver says that it wants no more."""
+
 _HOUSEKEEPING_SECONDS = 3600.0
 
 _PATHS = {LinkPurpose.CONFIRM: "confirm", LinkPurpose.FEEDBACK: "feedback", LinkPurpose.RESTART: "restart"}
+
+
+Work = TypeVar("Work")
+
+
+class _Line(Generic[Work]):
+    """Delivers one kind of work as it falls due, so many at a time."""
+
+    def __init__(
+        self,
+        *,
+        channel: str,
+        claim: Callable[[int], Awaitable[list[Work]]],
+        deliver: Callable[[Work], Coroutine[Any, Any, None]],
+        next_due: Callable[[], Awaitable[datetime | None]],
+        concurrency: int,
+        stopping: asyncio.Event,
+    ) -> None:
+        self._channel = channel
+        self._take = claim
+        self._deliver = deliver
+        self._next_due = next_due
+        self._concurrency = concurrency
+        self._stopping = stopping
+        self.under_way: set[asyncio.Task[None]] = set()
+
+    async def keep_delivering(self) -> None:
+        async with db.listen(self._channel) as wakeups:
+            while not self._stopping.is_set():
+                if not await self.claim():
+                    await self._sleep(wakeups)
+
+    async def claim(self) -> bool:
+        """Begin to deliver what is due, as far as there is room. True when there may be more to do at once."""
+        places = self._concurrency - len(self.under_way)
+        claimed = await self._take(places) if places > 0 else []
+        for one in claimed:
+            task = asyncio.create_task(self._deliver(one))
+            self.under_way.add(task)
+            task.add_done_callback(self.under_way.discard)
+        return bool(claimed and self._has_room())
+
+    def _has_room(self) -> bool:
+        return len(self.under_way) < self._concurrency
+
+    async def _sleep(self, wakeups: db.Wakeups) -> None:
+        """Until there may be work: a wake-up, a delivery that ended, the time that something is due, or the order
+        to stop. While every place is taken, what is due has to wait and wakes nobody."""
+        pause = await self._pause() if self._has_room() else POLL_SECONDS
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        woken = asyncio.ensure_future(wakeups.wait(pause))
+        try:
+            await asyncio.wait({stopping, woken, *self.under_way}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (stopping, woken):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def _pause(self) -> float:
+        due = await self._next_due()
+        if due is None:
+            return POLL_SECONDS
+        return min(max((due - await db.now()).total_seconds(), 0.05), POLL_SECONDS)
+
+    async def finish(self, within: timedelta) -> None:
+        """Let what is under way end, and cancel what has not by then."""
+        if self.under_way:
+            await asyncio.wait(self.under_way, timeout=within.total_seconds())
+        for task in self.under_way:
+            task.cancel()
+        await asyncio.gather(*self.under_way, return_exceptions=True)
 
 
 class Worker:
@@ -53,13 +134,28 @@ class Worker:
     ) -> None:
         self._installation = installation
         self._mailer = mailer
+        self._poster = Poster(installation.receivers)
         self._sender = sender
         self._link_base = link_base
-        self._concurrency = concurrency
         self._grace = grace
         self._stopping = asyncio.Event()
         self._house_kept_until = 0.0
-        self._deliveries: set[asyncio.Task[None]] = set()
+        self._emails = _Line(
+            channel=outbox.CHANNEL,
+            claim=outbox.claim,
+            deliver=self._deliver,
+            next_due=outbox.next_due,
+            concurrency=concurrency,
+            stopping=self._stopping,
+        )
+        self._webhooks = _Line(
+            channel=webhooks.CHANNEL,
+            claim=webhooks.claim,
+            deliver=self._notify,
+            next_due=webhooks.next_due,
+            concurrency=WEBHOOKS_AT_A_TIME,
+            stopping=self._stopping,
+        )
         self._timers = Timers(installation, forget=mailer.forget, done=metrics.timer_done)
 
     def stop(self) -> None:
@@ -68,11 +164,15 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop`, once. A database that is away is waited for."""
-        beside = asyncio.create_task(self._persist(self._keep_time))
-        await self._persist(self._keep_delivering)
-        await self._finish()
-        await beside
+        beside = [
+            asyncio.create_task(self._persist(work)) for work in (self._keep_time, self._webhooks.keep_delivering)
+        ]
+        await self._persist(self._emails.keep_delivering)
+        await asyncio.gather(self._emails.finish(self._grace), self._webhooks.finish(self._grace))
+        await asyncio.gather(*beside)
+        await self._webhooks.finish(timedelta())  # what was claimed at the very moment of the order to stop
         await self._mailer.close()
+        await self._poster.close()
 
     async def _persist(self, work: Callable[[], Awaitable[None]]) -> None:
         while not self._stopping.is_set():
@@ -90,12 +190,6 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), seconds)
 
-    async def _keep_delivering(self) -> None:
-        async with db.listen(outbox.CHANNEL) as wakeups:
-            while not self._stopping.is_set():
-                if not await self._claim():
-                    await self._sleep(wakeups)
-
     async def _keep_time(self) -> None:
         while not self._stopping.is_set():
             if not await self._timers.run():
@@ -107,47 +201,18 @@ class Worker:
         """Once an hour; at once again while there is more than one portion of anything."""
         if time.monotonic() < self._house_kept_until:
             return
-        if not await outbox.forget(self._mailer.forget) + await idempotency.forget() + await limiting.forget():
+        thrown_away = await outbox.forget(self._mailer.forget) + await idempotency.forget() + await limiting.forget()
+        if not thrown_away + await webhooks.give_up() + await webhooks.forget():
             self._house_kept_until = time.monotonic() + _HOUSEKEEPING_SECONDS
-
-    async def _claim(self) -> bool:
-        """Begin to deliver what is due, as far as there is room. True when there may be more to do at once."""
-        places = self._concurrency - len(self._deliveries)
-        claimed = await outbox.claim(places) if places > 0 else []
-        for message in claimed:
-            task = asyncio.create_task(self._deliver(message))
-            self._deliveries.add(task)
-            task.add_done_callback(self._deliveries.discard)
-        return bool(claimed and self._has_room())
-
-    def _has_room(self) -> bool:
-        return len(self._deliveries) < self._concurrency
 
     async def drain(self) -> None:
         """Carry out what is due and deliver, until nothing is due. For commands and tests; a service calls `run`."""
-        while await self._timers.run() + await self._claim() or self._deliveries:
-            if self._deliveries:
-                await asyncio.wait(self._deliveries)
-
-    async def _sleep(self, wakeups: db.Wakeups) -> None:
-        """Until there may be work: a wake-up, a delivery that ended, the time that something is due, or the order
-        to stop. While every place is taken, what is due has to wait and wakes nobody."""
-        pause = await self._pause() if self._has_room() else POLL_SECONDS
-        stopping = asyncio.ensure_future(self._stopping.wait())
-        woken = asyncio.ensure_future(wakeups.wait(pause))
-        try:
-            await asyncio.wait({stopping, woken, *self._deliveries}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (stopping, woken):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-
-    async def _pause(self) -> float:
-        due = await outbox.next_due()
-        if due is None:
-            return POLL_SECONDS
-        return min(max((due - await db.now()).total_seconds(), 0.05), POLL_SECONDS)
+        lines = (self._emails, self._webhooks)
+        while await self._timers.run() + sum([await line.claim() for line in lines]) or any(
+            line.under_way for line in lines
+        ):
+            if under_way := self._emails.under_way | self._webhooks.under_way:
+                await asyncio.wait(under_way)
 
     async def _deliver(self, message: Claimed) -> None:
         with structlog.contextvars.bound_contextvars(
@@ -202,12 +267,50 @@ class Worker:
         token = self._installation.tokens.mint_link(link, issued_at=link.issued_at, expires_at=link.expires_at)
         return link_url(self._link_base, link.purpose, token)
 
-    async def _finish(self) -> None:
-        if self._deliveries:
-            await asyncio.wait(self._deliveries, timeout=self._grace.total_seconds())
-        for task in self._deliveries:
-            task.cancel()
-        await asyncio.gather(*self._deliveries, return_exceptions=True)
+    async def _notify(self, delivery: webhooks.Claimed) -> None:
+        with structlog.contextvars.bound_contextvars(
+            webhook_id=str(delivery.id),
+            endpoint_id=str(delivery.endpoint_id),
+            account_id=delivery.account_id and str(delivery.account_id),
+            event=delivery.type,
+        ):
+            try:
+                await self._exchange(delivery)
+            except Unavailable:
+                _log.warning("worker.not_settled", reason="the database is away; the lease will lapse")
+            except Exception:
+                _log.exception("worker.delivery_failed")
+
+    async def _exchange(self, delivery: webhooks.Claimed) -> None:
+        tokens = self._installation.tokens
+        body = delivery.payload.encode()
+        headers = signed(
+            [tokens.webhook_secret(delivery.endpoint_id, generation) for generation in delivery.secret_generations],
+            ids.encode(ids.Kind.WEBHOOK_DELIVERY, delivery.id),
+            delivery.signed_at,
+            body,
+        )
+        try:
+            answer = await self._poster.post(delivery.url, headers, body, content_type=events.CONTENT_TYPE)
+        except asyncio.CancelledError:  # The grace period is over; a copy that got through has the same webhook-id.
+            await webhooks.release(delivery)
+            raise
+        kept = await webhooks.settle(
+            delivery,
+            webhooks.Outcome(
+                status=answer.status,
+                latency=answer.latency,
+                error=answer.error,
+                gone=answer.status == GONE,
+                retry_after=answer.retry_after,
+            ),
+        )
+        _log.info(
+            "webhook.delivered" if answer.error is None else "webhook.failed",
+            attempt=delivery.attempt,
+            status=answer.status,
+            lease_kept=kept,
+        )
 
 
 def _count_failure(message: Claimed, seconds: float, *, permanent: bool, kept: bool) -> None:

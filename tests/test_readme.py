@@ -18,9 +18,10 @@ import pytest
 import typer
 from graphql import GraphQLInterfaceType, GraphQLObjectType
 
-from app import errors, importing, lifecycle, messages, outbox, policy, provisioning
+from app import endpoints, errors, events, importing, lifecycle, messages, outbox, policy, provisioning, webhooks
 from app.cli import app as commands
 from app.db import Database
+from app.delivery import webhook
 from app.graphql.documents import MAX_ERRORS
 from app.graphql.schema import SCHEMA
 from app.settings import Settings
@@ -57,6 +58,12 @@ def emails() -> Iterator[str]:
         yield f"| `{template}` | {email.about} |"
 
 
+def webhook_events() -> Iterator[str]:
+    for kind, event in events.CATALOGUE.items():
+        more = ", ".join(f"`{name}`" for name in event.more)
+        yield f"| `{kind.value}` | {more} | {event.description} |"
+
+
 def refusals() -> Iterator[str]:
     kinds = SCHEMA._schema
     interface = kinds.type_map["UserError"]
@@ -85,7 +92,7 @@ def command_lines() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "table", [settings, rules, emails, refusals, codes, command_lines], ids=lambda table: table.__name__
+    "table", [settings, rules, emails, webhook_events, refusals, codes, command_lines], ids=lambda table: table.__name__
 )
 def test_a_table_is_what_the_code_says(table: Any) -> None:
     """A missing line is one to paste."""
@@ -117,6 +124,7 @@ def test_every_key_of_the_policy_is_explained() -> None:
 
 
 def test_every_number_is_the_codes() -> None:
+    hours = policy.hours
     [pool] = (int(one.default.strip("`")) for one in Settings.documentation() if "POOL_SIZE" in one.variable)
     told = [
         f"default of {pool}: at most 2 x {pool} + 2 x ({pool} + 1) = {2 * pool + 2 * (pool + 1)}.",
@@ -124,6 +132,11 @@ def test_every_number_is_the_codes() -> None:
         f"tried {outbox.MAX_ATTEMPTS} times",
         f"up to {provisioning.MAX_ITEMS} at a time",
         f"{MAX_ERRORS} errors at most",
+        f"For {hours(endpoints.ROTATION)} hours after a rotation",
+        f"within {webhook.DEADLINE.total_seconds():.0f} seconds; at most {webhook.MAX_READ // 1024} KiB",
+        f"go on for {hours(webhooks.TRIED_FOR)} hours",
+        f"in the last {webhooks.KEPT.days} days",
+        f"given up after {hours(webhooks.GIVEN_UP_AFTER)} hours",
     ]
     assert [sentence for sentence in told if sentence not in README] == []
 

@@ -55,6 +55,7 @@ __all__ = [
     "now",
     "now_sql",
     "on_commit",
+    "random_uuid_sql",
     "scrub",
     "transaction",
     "uuid7",
@@ -296,11 +297,20 @@ async def exclusively(name: str) -> None:
         await fetch("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
 
 
-def for_update(*, skip_locked: bool = False) -> str:
-    """The end of a SELECT that locks its rows. Nothing on SQLite, where a transaction has the database to itself."""
+def for_update(*, skip_locked: bool = False, key: bool = True) -> str:
+    """The end of a SELECT that locks its rows. Nothing on SQLite, where a transaction has the database to itself.
+    With `key` false, others may go on adding rows that refer to them."""
     if dialect() == "sqlite":
         return ""
-    return " FOR UPDATE SKIP LOCKED" if skip_locked else " FOR UPDATE"
+    return f" FOR {'UPDATE' if key else 'NO KEY UPDATE'}{' SKIP LOCKED' if skip_locked else ''}"
+
+
+def random_uuid_sql() -> str:
+    """SQL for a new random UUID, one for each row."""
+    if dialect() == "postgresql":
+        return "gen_random_uuid()"
+    parts = " || '-' || ".join(f"hex(randomblob({size}))" for size in (4, 2, 2, 2, 6))
+    return f"lower({parts})"
 
 
 async def notify(channel: str) -> None:

@@ -18,6 +18,8 @@ class Access(StrEnum):
     STAFF = "staff"
     ACTION = "who the rules allow; see `Account.allowedActions`"
     BILLING_TEAM = "the billing team"
+    WEBHOOK_READERS = "staff, and services with the scope `webhooks`"
+    WEBHOOK_MANAGERS = "the billing team, and services with the scope `webhooks`"
     PROVISION = "services with the scope `provision`"
     RESTART_LINK = "bearers of the link in a cancellation email"
 

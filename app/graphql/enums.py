@@ -8,7 +8,7 @@ from enum import Enum, StrEnum
 
 import strawberry
 
-from app import accounts, breaker, deletion, lifecycle, outbox
+from app import accounts, breaker, deletion, lifecycle, outbox, webhooks
 
 
 class SortDirection(StrEnum):
@@ -108,6 +108,7 @@ describe_enum(
         lifecycle.Scope.PROVISION: "Create and update accounts.",
         lifecycle.Scope.GATE: "Ask whether an account may send and its members may sign in.",
         lifecycle.Scope.DELETION: "Take part in deletions.",
+        lifecycle.Scope.WEBHOOKS: "Manage the webhook endpoints, and see what was delivered to them.",
     },
 )
 describe_enum(
@@ -251,5 +252,15 @@ describe_enum(
         outbox.State.DELIVERED: "The mail server has accepted it.",
         outbox.State.DEAD: "It could not be delivered and is not tried any more: a dead letter.",
         outbox.State.DROPPED: "An operator has given it up.",
+    },
+)
+describe_enum(
+    webhooks.State,
+    "WebhookDeliveryState",
+    "Where the delivery of an event to an endpoint is.",
+    {
+        webhooks.State.PENDING: "It is due, under way, or waits for its next try.",
+        webhooks.State.DELIVERED: "The receiver has accepted it.",
+        webhooks.State.DEAD: "It could not be delivered in three days, or the receiver is gone: a dead letter.",
     },
 )

@@ -13,6 +13,7 @@ from app import (
     cancellation,
     clock,
     deletion,
+    endpoints,
     feedback,
     offers,
     provisioning,
@@ -49,6 +50,8 @@ from app.graphql.types import (
     Feedback,
     Offer,
     Perspective,
+    WebhookDelivery,
+    WebhookEndpoint,
     describe,
 )
 from app.lifecycle import FeedbackReason, MemberRole, Permission, RequestStatus, Scope
@@ -494,6 +497,140 @@ def _item(given: AccountSyncInput) -> AccountItem:
     )
 
 
+# -------------------------------------------------------------------------------------------------- webhook endpoints
+
+_TYPES = "Only events of these types, as `eventTypes` names them; empty: all."
+_ENDPOINT = "The endpoint."
+
+
+@strawberry.input(description="Adds an endpoint.")
+class CreateWebhookEndpointInput:
+    url: str = describe("Where events are sent: https, and a public address unless the operator allows others.")
+    description: str | None = strawberry.field(default=None, description="What it is for, at most 500 characters.")
+    event_types: list[str] | None = strawberry.field(default=None, description=_TYPES + " Left out: all.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The endpoint is told of what happens from now on.")
+class CreateWebhookEndpointSuccess:
+    endpoint: WebhookEndpoint = describe(_ENDPOINT)
+    secret: str = describe("What signs its events. Keep it: it is told here alone.")
+
+
+@strawberry.input(description="Changes what is given.")
+class UpdateWebhookEndpointInput:
+    endpoint_id: strawberry.ID = describe(_ENDPOINT)
+    url: str | None = strawberry.field(default=None, description="Where events are sent from now on.")
+    description: str | None = strawberry.field(default=None, description="What it is for.")
+    event_types: list[str] | None = strawberry.field(default=None, description=_TYPES)
+
+
+@strawberry.type(description="The endpoint is changed.")
+class UpdateWebhookEndpointSuccess:
+    endpoint: WebhookEndpoint = describe(_ENDPOINT)
+
+
+@strawberry.input(description="Makes a new secret.")
+class RotateWebhookSecretInput:
+    endpoint_id: strawberry.ID = describe(_ENDPOINT)
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="There is a new secret; for 24 hours the one before signs too.")
+class RotateWebhookSecretSuccess:
+    endpoint: WebhookEndpoint = describe(_ENDPOINT)
+    secret: str = describe("The new secret. Keep it: it is told here alone.")
+
+
+@strawberry.input(description="Stops telling an endpoint.")
+class DisableWebhookEndpointInput:
+    endpoint_id: strawberry.ID = describe(_ENDPOINT)
+
+
+@strawberry.type(description="The endpoint is told nothing.")
+class DisableWebhookEndpointSuccess:
+    endpoint: WebhookEndpoint = describe(_ENDPOINT)
+
+
+@strawberry.input(description="Tells an endpoint again.")
+class EnableWebhookEndpointInput:
+    endpoint_id: strawberry.ID = describe(_ENDPOINT)
+
+
+@strawberry.type(description="The endpoint is told again, and what waited for it is due.")
+class EnableWebhookEndpointSuccess:
+    endpoint: WebhookEndpoint = describe(_ENDPOINT)
+
+
+@strawberry.input(description="Tries an endpoint.")
+class PingWebhookEndpointInput:
+    endpoint_id: strawberry.ID = describe(_ENDPOINT)
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
+
+
+@strawberry.type(description="The ping is due.")
+class PingWebhookEndpointSuccess:
+    delivery: WebhookDelivery = describe("Ask `webhookDeliveries` or `node` for what becomes of it.")
+
+
+@strawberry.input(description="Delivers again: one event, or all of an endpoint since a time. Give one of the two.")
+class RedeliverWebhookInput:
+    delivery_id: strawberry.ID | None = strawberry.field(default=None, description="One delivery, by its `webhook-id`.")
+    endpoint_id: strawberry.ID | None = strawberry.field(default=None, description="An endpoint; with `since`.")
+    since: datetime | None = strawberry.field(default=None, description="What was promised then or later.")
+
+
+@strawberry.type(description="They are due, with the same `webhook-id` and body as before.")
+class RedeliverWebhookSuccess:
+    count: int = describe(
+        "How many. 10,000 at most; not among them is what is being delivered just now, and what was erased."
+    )
+
+
+CreateWebhookEndpointResult = Annotated[
+    CreateWebhookEndpointSuccess | PermissionDeniedError | InvalidInputError | IdempotencyConflictError,
+    strawberry.union("CreateWebhookEndpointResult", description="What came of `createWebhookEndpoint`."),
+]
+
+UpdateWebhookEndpointResult = Annotated[
+    UpdateWebhookEndpointSuccess | NotFoundError | PermissionDeniedError | InvalidInputError,
+    strawberry.union("UpdateWebhookEndpointResult", description="What came of `updateWebhookEndpoint`."),
+]
+
+RotateWebhookSecretResult = Annotated[
+    RotateWebhookSecretSuccess | NotFoundError | PermissionDeniedError | InvalidInputError | IdempotencyConflictError,
+    strawberry.union("RotateWebhookSecretResult", description="What came of `rotateWebhookSecret`."),
+]
+
+DisableWebhookEndpointResult = Annotated[
+    DisableWebhookEndpointSuccess | NotFoundError | PermissionDeniedError,
+    strawberry.union("DisableWebhookEndpointResult", description="What came of `disableWebhookEndpoint`."),
+]
+
+EnableWebhookEndpointResult = Annotated[
+    EnableWebhookEndpointSuccess | NotFoundError | PermissionDeniedError,
+    strawberry.union("EnableWebhookEndpointResult", description="What came of `enableWebhookEndpoint`."),
+]
+
+PingWebhookEndpointResult = Annotated[
+    PingWebhookEndpointSuccess | NotFoundError | PermissionDeniedError | InvalidInputError | IdempotencyConflictError,
+    strawberry.union("PingWebhookEndpointResult", description="What came of `pingWebhookEndpoint`."),
+]
+
+RedeliverWebhookResult = Annotated[
+    RedeliverWebhookSuccess | NotFoundError | PermissionDeniedError | InvalidInputError,
+    strawberry.union("RedeliverWebhookResult", description="What came of `redeliverWebhook`."),
+]
+
+
+def _endpoint_key(id_: strawberry.ID) -> UUID | None:
+    return nodes.decode_as(Kind.WEBHOOK_ENDPOINT, id_)
+
+
+def _secret(info: Info, made: endpoints.Created) -> str:
+    return info.context.call.installation.tokens.webhook_secret(made.endpoint.id, made.secret_generation)
+
+
 @strawberry.type(name="Mutation", description="What can be done. Every field says whom it is for.")
 class Mutation:
     @root(
@@ -676,3 +813,80 @@ class Mutation:
                 for one in results
             ]
         )
+
+    @root(Access.WEBHOOK_MANAGERS, "Add an endpoint, which is told of what happens from now on.")
+    async def create_webhook_endpoint(
+        self, info: Info, input: CreateWebhookEndpointInput
+    ) -> CreateWebhookEndpointResult | None:
+        call = info.context.call
+        made = await endpoints.create(
+            call,
+            call.installation.receivers,
+            url=input.url,
+            description=input.description,
+            event_types=input.event_types,
+            idempotency_key=input.idempotency_key,
+        )
+        return CreateWebhookEndpointSuccess(endpoint=WebhookEndpoint.of(made.endpoint), secret=_secret(info, made))
+
+    @root(Access.WEBHOOK_MANAGERS, "Change an endpoint's URL, description or types. What it was promised goes there.")
+    async def update_webhook_endpoint(
+        self, info: Info, input: UpdateWebhookEndpointInput
+    ) -> UpdateWebhookEndpointResult | None:
+        call = info.context.call
+        view = await endpoints.update(
+            call,
+            call.installation.receivers,
+            _endpoint_key(input.endpoint_id),
+            url=input.url,
+            description=input.description,
+            event_types=input.event_types,
+        )
+        return UpdateWebhookEndpointSuccess(endpoint=WebhookEndpoint.of(view))
+
+    @root(Access.WEBHOOK_MANAGERS, "Make a new secret. For 24 hours both sign, so that the receiver can change over.")
+    async def rotate_webhook_secret(
+        self, info: Info, input: RotateWebhookSecretInput
+    ) -> RotateWebhookSecretResult | None:
+        made = await endpoints.rotate(
+            info.context.call, _endpoint_key(input.endpoint_id), idempotency_key=input.idempotency_key
+        )
+        return RotateWebhookSecretSuccess(endpoint=WebhookEndpoint.of(made.endpoint), secret=_secret(info, made))
+
+    @root(Access.WEBHOOK_MANAGERS, "Tell an endpoint nothing any more. What it was promised waits four days at most.")
+    async def disable_webhook_endpoint(
+        self, info: Info, input: DisableWebhookEndpointInput
+    ) -> DisableWebhookEndpointResult | None:
+        view = await endpoints.disable(info.context.call, _endpoint_key(input.endpoint_id))
+        return DisableWebhookEndpointSuccess(endpoint=WebhookEndpoint.of(view))
+
+    @root(
+        Access.WEBHOOK_MANAGERS,
+        "Tell an endpoint again, with nothing held against it. What happened while it was disabled it is not told.",
+    )
+    async def enable_webhook_endpoint(
+        self, info: Info, input: EnableWebhookEndpointInput
+    ) -> EnableWebhookEndpointResult | None:
+        view = await endpoints.enable(info.context.call, _endpoint_key(input.endpoint_id))
+        return EnableWebhookEndpointSuccess(endpoint=WebhookEndpoint.of(view))
+
+    @root(Access.WEBHOOK_MANAGERS, "Send an endpoint an event about nothing, to see whether it answers.")
+    async def ping_webhook_endpoint(
+        self, info: Info, input: PingWebhookEndpointInput
+    ) -> PingWebhookEndpointResult | None:
+        delivery = await endpoints.ping(
+            info.context.call, _endpoint_key(input.endpoint_id), idempotency_key=input.idempotency_key
+        )
+        return PingWebhookEndpointSuccess(delivery=WebhookDelivery.of(delivery))
+
+    @root(Access.WEBHOOK_MANAGERS, "Deliver again, whatever came of it: one event, or all of an endpoint since a time.")
+    async def redeliver_webhook(self, info: Info, input: RedeliverWebhookInput) -> RedeliverWebhookResult | None:
+        call = info.context.call
+        if input.delivery_id is not None and input.endpoint_id is None and input.since is None:
+            await endpoints.redeliver(call, nodes.decode_as(Kind.WEBHOOK_DELIVERY, input.delivery_id))
+            return RedeliverWebhookSuccess(count=1)
+        if input.delivery_id is None and input.endpoint_id is not None and input.since is not None:
+            count = await endpoints.redeliver_since(call, _endpoint_key(input.endpoint_id), input.since)
+            return RedeliverWebhookSuccess(count=count)
+        await endpoints.refuse_to_redeliver(call)
+        return None

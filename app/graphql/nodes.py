@@ -1,20 +1,30 @@
 """Opaque ids and cursors: what clients hold instead of keys and offsets.
 
-An id is a type's tag and a row's UUID; a cursor is a position in one sort order. Both are opaque by contract, not
-secret: what they lead to is decided by the caller's rights, in the query. This module knows no row and no caller.
+Ids are those of `app.ids`; a cursor is a position in one sort order. Both are opaque by contract, not secret: what
+they lead to is decided by the caller's rights, in the query. This module knows no row and no caller.
 """
 
-import base64
-import binascii
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Final
 from uuid import UUID
 
 import orjson
 
 from app import errors
+from app.ids import Kind, decode, decode_as, encode, from_base64, to_base64
+
+__all__ = [
+    "DEFAULT_PAGE_SIZE",
+    "MAX_PAGE_SIZE",
+    "KeyValue",
+    "Keyset",
+    "Kind",
+    "decode",
+    "decode_as",
+    "encode",
+    "page_size",
+]
 
 DEFAULT_PAGE_SIZE: Final = 20
 MAX_PAGE_SIZE: Final = 100
@@ -23,38 +33,6 @@ _INTEGERS: Final = range(-(2**31), 2**31)
 
 KeyValue = str | int | datetime | UUID | None
 """What a sort order can be made of."""
-
-
-class Kind(StrEnum):
-    """The tag of each type that implements `Node`. Clients keep ids: a tag is never changed or reused."""
-
-    ACCOUNT = "A"
-    MEMBER = "M"
-    CANCELLATION_REQUEST = "R"
-    FEEDBACK = "F"
-    OFFER = "O"
-
-
-def encode(kind: Kind, key: UUID) -> str:
-    """The opaque `id` of the row `key`: 23 characters that are safe in a URL."""
-    return _to_base64(kind.encode() + key.bytes)
-
-
-def decode(node_id: str) -> tuple[Kind, UUID] | None:
-    """What `node_id` names, or None for everything that `encode` cannot have made."""
-    raw = _from_base64(node_id) if len(node_id) == 23 else None
-    if raw is None:
-        return None
-    try:
-        return Kind(chr(raw[0])), UUID(bytes=raw[1:])
-    except ValueError:
-        return None
-
-
-def decode_as(kind: Kind, node_id: str) -> UUID | None:
-    """The key in `node_id` if it is an id of this `kind`; None for other kinds as for anything malformed."""
-    named = decode(node_id)
-    return named[1] if named is not None and named[0] is kind else None
 
 
 def page_size(first: int | None) -> int:
@@ -87,7 +65,7 @@ class Keyset:
         """
         if not self._fits(values):
             raise ValueError(f"{self.name} does not sort by {values!r}")
-        return _to_base64(orjson.dumps([self.name, *map(_pack, values)]))
+        return to_base64(orjson.dumps([self.name, *map(_pack, values)]))
 
     def position(self, after: str | None) -> tuple[KeyValue, ...] | None:
         """The sort values that the page starts after; None starts at the beginning.
@@ -96,7 +74,7 @@ class Keyset:
         """
         if after is None:
             return None
-        raw = _from_base64(after) if len(after) <= _MAX_CURSOR_CHARACTERS else None
+        raw = from_base64(after) if len(after) <= _MAX_CURSOR_CHARACTERS else None
         try:
             name, *packed = orjson.loads(raw or b"")
             values = tuple(map(_unpack, packed))
@@ -144,16 +122,3 @@ def _unpack(packed: object) -> KeyValue:
     if tag == "t" and text.endswith("+00:00"):
         return datetime.fromisoformat(text)
     raise ValueError("not a packed value")
-
-
-def _to_base64(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
-
-
-def _from_base64(text: str) -> bytes | None:
-    """The bytes of canonical, unpadded base64url. Python's decoder alone skips foreign characters and spare bits."""
-    try:
-        raw = base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))
-    except (UnicodeEncodeError, binascii.Error):
-        return None
-    return raw if _to_base64(raw) == text else None

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import strawberry
 
-from app import accounts, auth, breaker, deletion, errors, outbox
+from app import accounts, auth, breaker, deletion, errors, outbox, webhooks
 from app.accounts import AccountFilter, AccountSort, RequestFilter
 from app.auth import Caller
 from app.graphql import nodes
@@ -31,6 +31,9 @@ from app.graphql.types import (
     Offer,
     Perspective,
     Plan,
+    WebhookDelivery,
+    WebhookEndpoint,
+    WebhookEvent,
     connection,
     describe,
 )
@@ -43,6 +46,7 @@ from app.lifecycle import (
     RequestStatus,
     Scope,
     StaffRole,
+    TransitionType,
 )
 
 MAX_SEARCH_LENGTH = 200
@@ -62,6 +66,8 @@ _SORT_ATTRIBUTE = {
 }
 _DELETIONS = Keyset(name="deletions:restartable_until", types=(datetime, UUID))
 _DELIVERIES = Keyset(name="deliveries:created:desc", types=(datetime, UUID))
+_ENDPOINTS = Keyset(name="webhook_endpoints:created", types=(datetime, UUID))
+_WEBHOOK_DELIVERIES = Keyset(name="webhook_deliveries:created:desc", types=(datetime, UUID))
 _MEMBERSHIPS = Keyset(name="memberships:name", types=(str, UUID))
 
 
@@ -154,6 +160,13 @@ class CancellationRequestFilterInput:
 class DeliveryFilterInput:
     states: list[outbox.State] | None = strawberry.field(default=None, description="In one of these states.")
     account_id: strawberry.ID | None = strawberry.field(default=None, description="About this account.")
+
+
+@strawberry.input(description="Which deliveries of events. Every field that is given narrows the list.")
+class WebhookDeliveryFilterInput:
+    endpoint_id: strawberry.ID | None = strawberry.field(default=None, description="To this endpoint.")
+    account_id: strawberry.ID | None = strawberry.field(default=None, description="About this account.")
+    states: list[webhooks.State] | None = strawberry.field(default=None, description="In one of these states.")
 
 
 def _some(values: list[str] | None, argument: str) -> frozenset[str] | None:
@@ -324,6 +337,55 @@ class Query:
             lambda view: Delivery.of(view, eye),
         )
 
+    @root(Access.KNOWN, "The events that webhook endpoints are told of, in the order in which they happen.")
+    async def event_types(self, info: Info) -> list[WebhookEvent] | None:
+        await info.context.require_caller()
+        return [WebhookEvent.of(kind) for kind in TransitionType]
+
+    @root(Access.WEBHOOK_READERS, "The webhook endpoints, oldest first.")
+    async def webhook_endpoints(
+        self, info: Info, first: First = None, after: After = None
+    ) -> Connection[WebhookEndpoint] | None:
+        await auth.require_webhook_reader(info.context.call)
+        size, position = nodes.page_size(first), _ENDPOINTS.position(after)
+        views = await webhooks.endpoints(after=position, limit=size + 1)
+        return connection(
+            views, size, after, lambda view: _ENDPOINTS.cursor(view.created_at, view.id), WebhookEndpoint.of
+        )
+
+    @root(Access.WEBHOOK_READERS, "Events that were promised to endpoints, newest first, with what became of each.")
+    async def webhook_deliveries(
+        self,
+        info: Info,
+        filter: Annotated[WebhookDeliveryFilterInput | None, strawberry.argument(description="Which.")] = None,
+        first: First = None,
+        after: After = None,
+    ) -> Connection[WebhookDelivery] | None:
+        await auth.require_webhook_reader(info.context.call)
+        size, position = nodes.page_size(first), _WEBHOOK_DELIVERIES.position(after)
+        given = filter or WebhookDeliveryFilterInput()
+        endpoint_id = nodes.decode_as(Kind.WEBHOOK_ENDPOINT, given.endpoint_id or "")
+        account_id = nodes.decode_as(Kind.ACCOUNT, given.account_id or "")
+        meaningless = (given.endpoint_id is not None and endpoint_id is None) or (
+            given.account_id is not None and account_id is None
+        )
+        views = []
+        if not meaningless:  # what no id can mean, nothing is about
+            views = await webhooks.page(
+                endpoint_id=endpoint_id,
+                account_id=account_id,
+                states=None if given.states is None else frozenset(given.states),
+                after=position,
+                limit=size + 1,
+            )
+        return connection(
+            views,
+            size,
+            after,
+            lambda view: _WEBHOOK_DELIVERIES.cursor(view.created_at, view.id),
+            WebhookDelivery.of,
+        )
+
     @root(Access.BILLING, "What a cancellation confirmed now would do: who loses access, until when it can be undone.")
     async def cancellation_preview(
         self,
@@ -357,12 +419,15 @@ class Query:
     @root(
         Access.MEMBERS_AND_STAFF,
         "The object with that id; null when there is none, or it is not the caller's. What belongs to a cancellation "
-        "needs the billing permission, and is null without.",
+        "needs the billing permission, and is null without; what belongs to webhooks is for staff, and services with "
+        "the scope `webhooks`.",
     )
     async def node(
         self, info: Info, id: Annotated[strawberry.ID, strawberry.argument(description="Any object's id.")]
     ) -> Node | None:
         named = nodes.decode(id)
+        if named is not None and named[0] in _WEBHOOKS:
+            return await _of_webhooks(info, *named)
         kind, key = named or (None, None)
         row = None if kind is None or key is None else await _LOAD[kind](key)
         account_id = None if row is None else row.id if isinstance(row, accounts.AccountView) else row.account_id
@@ -382,6 +447,20 @@ class Query:
         if isinstance(row, accounts.OfferView):
             return Offer.of(row)
         return Member.of(row)
+
+
+_WEBHOOKS = frozenset({Kind.WEBHOOK_ENDPOINT, Kind.WEBHOOK_DELIVERY})
+
+
+async def _of_webhooks(info: Info, kind: Kind, key: UUID) -> Node | None:
+    caller = await auth.identify(info.context.call)
+    if not caller.sees_webhooks():
+        return None
+    if kind is Kind.WEBHOOK_ENDPOINT:
+        endpoint = await webhooks.endpoint(key)
+        return None if endpoint is None else WebhookEndpoint.of(endpoint)
+    delivery = await webhooks.delivery(key)
+    return None if delivery is None else WebhookDelivery.of(delivery)
 
 
 _LOAD = {

@@ -12,14 +12,14 @@ from app.graphql.mutations import Mutation
 from app.graphql.queries import Query
 from app.graphql.refusals import HANDLERS
 from app.graphql.scalars import SCALARS
-from app.graphql.types import Feedback, Member, Offer
+from app.graphql.types import Feedback, Member, Offer, WebhookDelivery, WebhookEndpoint
 
 require_statements(Query, Mutation)
 
 SCHEMA = strawberry.Schema(
     query=Query,
     mutation=Mutation,
-    types=[Feedback, Member, Offer],
+    types=[Feedback, Member, Offer, WebhookDelivery, WebhookEndpoint],
     exception_handlers=HANDLERS,
     execution_context_class=Executor,
     config=StrawberryConfig(scalar_map=dict(SCALARS)),

@@ -10,9 +10,10 @@ from datetime import datetime
 from typing import Annotated, Any, Generic, TypeVar
 from uuid import UUID
 
+import orjson
 import strawberry
 
-from app import breaker, deletion, errors, lifecycle, offers, outbox
+from app import breaker, deletion, errors, events, lifecycle, offers, outbox, webhooks
 from app import policy as policies
 from app.accounts import AccountView, FeedbackView, MemberView, OfferView, Person, RequestView
 from app.auth import Caller
@@ -691,6 +692,100 @@ class Delivery:
             return None
         account = await info.context.accounts.load(self._view.account_id)
         return None if account is None else Account.of(account, self._eye.toward(account))
+
+
+@strawberry.type(description="A type of event that webhook endpoints are told of.")
+class WebhookEvent:
+    type: str = describe("Its name, as in the event's `type`.")
+    description: str = describe("What has happened, and what to do about it.")
+    example: str = describe("The body of such an event, as JSON.")
+    json_schema: str = describe("What every such body meets: a JSON Schema, as JSON.")
+
+    @staticmethod
+    def of(kind: TransitionType) -> "WebhookEvent":
+        return WebhookEvent(
+            type=kind.value,
+            description=events.CATALOGUE[kind].description,
+            example=orjson.dumps(events.example(kind)).decode(),
+            json_schema=orjson.dumps(events.schema(kind)).decode(),
+        )
+
+
+@strawberry.type(description="Where another system hears of what happens to accounts. It is disabled, never deleted.")
+class WebhookEndpoint(Node):
+    url: str = describe("Where events are sent.")
+    description: str = describe("What it is for.")
+    event_types: list[str] = describe("The types of events that it is told of; empty: all.")
+    created_at: datetime = describe("Since when it is told.")
+    previous_secret_until: datetime | None = describe(
+        "Until when the secret before the last rotation signs too; null when there was none. It may have passed."
+    )
+    disabled_at: datetime | None = describe("Since when it is told nothing; null while it is enabled.")
+    disabled_reason: str | None = describe("Why; null while it is enabled.")
+    failures: int = describe("How many exchanges have failed in a row.")
+    paused_until: datetime | None = describe(
+        "Its deliveries wait until then, because it has failed; null when it has not. It may have passed."
+    )
+
+    @staticmethod
+    def of(view: webhooks.EndpointView) -> "WebhookEndpoint":
+        return WebhookEndpoint(
+            id=strawberry.ID(nodes.encode(Kind.WEBHOOK_ENDPOINT, view.id)),
+            url=view.url,
+            description=view.description,
+            event_types=list(view.event_types),
+            created_at=view.created_at,
+            previous_secret_until=view.previous_secret_until,
+            disabled_at=view.disabled_at,
+            disabled_reason=view.disabled_reason,
+            failures=view.failures,
+            paused_until=view.paused_until,
+        )
+
+
+@strawberry.type(
+    description="An event that was promised to an endpoint, and what became of it; its id is `webhook-id`."
+)
+class WebhookDelivery(Node):
+    endpoint_id: strawberry.ID = describe("The endpoint's id.")
+    account_id: strawberry.ID | None = describe("The id of the account that it is about; null for a ping.")
+    type: str = describe("The event's type.")
+    epoch: int | None = describe("The account's epoch; null for a ping.")
+    sequence: int | None = describe("The event's place in the account's history; null for a ping.")
+    state: webhooks.State = describe("Where it is.")
+    created_at: datetime = describe("When it was promised.")
+    attempts: int = describe("How many tries have begun.")
+    next_attempt_at: datetime | None = describe(
+        "When the next try may begin, unless the endpoint is paused or disabled; null when there is none to come."
+    )
+    last_attempt_at: datetime | None = describe("When the last try began; null before the first.")
+    last_status: int | None = describe("The HTTP status of the last answer; null when there was none.")
+    last_latency_ms: int | None = describe("How long the last exchange took, in milliseconds.")
+    last_error: str | None = describe("Why the last try failed; null when it did not.")
+    delivered_at: datetime | None = describe("When the receiver accepted it.")
+    dead_at: datetime | None = describe("When it became a dead letter.")
+
+    @staticmethod
+    def of(view: webhooks.DeliveryView) -> "WebhookDelivery":
+        pending = view.state is webhooks.State.PENDING
+        return WebhookDelivery(
+            id=strawberry.ID(nodes.encode(Kind.WEBHOOK_DELIVERY, view.id)),
+            endpoint_id=strawberry.ID(nodes.encode(Kind.WEBHOOK_ENDPOINT, view.endpoint_id)),
+            account_id=None if view.account_id is None else strawberry.ID(nodes.encode(Kind.ACCOUNT, view.account_id)),
+            type=view.type,
+            epoch=view.epoch,
+            sequence=view.sequence,
+            state=view.state,
+            created_at=view.created_at,
+            attempts=view.attempts,
+            next_attempt_at=view.due_at if pending else None,
+            last_attempt_at=view.last_attempt_at,
+            last_status=view.last_status,
+            last_latency_ms=view.last_latency_ms,
+            last_error=view.last_error,
+            delivered_at=view.delivered_at,
+            dead_at=view.dead_at,
+        )
 
 
 @strawberry.type(description="What a cancellation confirmed now would do. Nothing is changed by looking.")

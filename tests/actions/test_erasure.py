@@ -17,19 +17,20 @@ from tortoise.apps import Apps
 from tortoise.context import get_current_context
 from tortoise.fields.data import CharEnumFieldInstance
 
-from app import db, deletion
+from app import db, deletion, endpoints
 from app.db import Database, UtcDatetimeField
 from app.lifecycle import LinkPurpose, Permission
 from app.messages import LinkGrant
 from app.models import DeletionStep
 from app.tokens import DEVELOPMENT_ISSUER
 from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, Stage, stage, subject
+from tests.delivery.webhook_server import receiving
 from tests.ending import WINDOW, account, log_in_memory, many, steps
 
 MIGRATIONS = "tortoise_migrations"
 """The record of those that ran."""
 
-THE_COMPANYS = {"staff", "service", "deletion_breaker", "clock_offset"}
+THE_COMPANYS = {"staff", "service", "deletion_breaker", "clock_offset", "webhook_endpoint"}
 """Tables about nobody's account. What the billing team writes to approve deletions is about their number."""
 
 CODES = {
@@ -40,6 +41,7 @@ CODES = {
     "outbox.message_id",
     "idempotency_record.mutation",
     "deletion_step.system",
+    "webhook_delivery.type",
 }
 """Texts that are codes without being an enumeration: of the policy, of the catalogue of emails, of Sunset itself."""
 
@@ -205,13 +207,14 @@ async def fill(erased: UUID) -> None:
         "cancellation_request": ["confirmation_token_hash"],
         "offer": ["code", "title", "description"],
         "outbox": ["last_error", "traceparent"],
+        "webhook_delivery": ["last_error"],
         "idempotency_record": ["caller", "fingerprint"],
     }
     for table, names in changed.items():
         key = "id" if table == "account" else "account_id"
         for row in await db.fetch(f"SELECT * FROM {table} WHERE {key} = $1", erased):
             for name in names:
-                if row[name] is not None or table == "outbox":
+                if row[name] is not None or table in {"outbox", "webhook_delivery"}:
                     await db.execute(f"UPDATE {table} SET {name} = $2 WHERE id = $1", row["id"], f"canary-{row['id']}")
     await db.execute(
         "UPDATE idempotency_record SET answer = $2 WHERE account_id = $1", erased, '{"said": "canary-answer"}'
@@ -277,11 +280,13 @@ async def test_every_column_of_the_database_is_a_models_and_every_table_has_its_
 async def test_nothing_of_a_deleted_account_is_left_anywhere(
     database: Database, tmp_path: Path, log: io.StringIO
 ) -> None:
-    async with stage(database, tmp_path) as house:
+    async with stage(database, tmp_path) as house, receiving() as receiver:
+        await endpoints.create(None, house.installation.receivers, url=receiver.url, description=None, event_types=None)
         erased, neighbor = await two_accounts(house)
         await live(house, "acme", "canary-name", "canary")
         await live(house, "kept-0", "kept-name", "kept")
         await house.do(BILLING, "holdDeletion", accountId=await house.account_id("kept-0"), note="kept-note")
+        await house.letters()
         mail_before = await mail_about(house, erased)
         assert len(mail_before) > 10
         await fill(erased)
@@ -328,12 +333,14 @@ async def test_nothing_of_a_deleted_account_is_left_anywhere(
         told = {word for letter in last for word in re.findall("canary[a-z-]*", letter)}
         assert told == {"canary-name", BOBS}, "whom the letter is to, and which account it is about"
 
+        assert receiver.types[-1] == "account.deleted"
         assert "deletion.done" in log.getvalue()
         assert RECOGNIZED.findall(log.getvalue()) == []
         assert "@acme.example" not in log.getvalue()
 
         if database.dialect == "sqlite":
-            assert in_files(tmp_path) <= {"canary-name", BOBS}, "the last letters' facts, until the log is written back"
+            told_last = {"canary-name", BOBS, "canary-"}
+            assert in_files(tmp_path) <= told_last, "the last letters' and event's facts, until the log is written back"
     await database.close()
     if database.dialect == "sqlite":
         assert in_files(tmp_path) == set()

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from app import db, invariants, policy
+from app import db, endpoints, invariants, policy
 from app.db import Database
 from app.lifecycle import CancellationTiming, TransitionType
 from app.models import CancellationRequest, DeletionHold, Transition
 from tests.api.test_story import links
 from tests.cast import ALICE, BILLING, CSM, GINA, HOST, Stage, stage
 from tests.db.test_schema import ATTEMPTS, MIGRATIONS, WORLD
+from tests.delivery.webhook_server import receiving
 
 INGRID, UMA = "ingrid@initech.example", "uma@umbrella.example"
 HANA, WILMA = "hana@hooli.example", "wilma@wayne.example"
@@ -109,7 +110,10 @@ async def installation(database: Database, tmp_path: Path) -> AsyncIterator[Stag
     """After the story. Initech's plan is canceled at the end of the paid period."""
     shipped = policy.load().plans
     plans = {**shipped, "startup": replace(shipped["startup"], effective=CancellationTiming.PERIOD_END)}
-    async with stage(database, tmp_path, plans=plans) as house:
+    async with stage(database, tmp_path, plans=plans) as house, receiving() as receiver:
+        await endpoints.create(
+            None, house.installation.receivers, url=receiver.url, description="Hears it.", event_types=None
+        )
         await tell_the_story(house)
         yield house
 
@@ -266,6 +270,7 @@ BROKEN: dict[str, list[str]] = {
         f"deleted_account_without_{table}": [moved(table, DELETED)]
         for table in ("member", "feedback", "offer", "restart_request", "idempotency_record")
     },
+    "deleted_account_without_webhook_delivery": [moved("webhook_delivery", DELETED, "x.type <> 'account.deleted'")],
     "deleted_account_without_outbox": [moved("outbox", DELETED, "x.template <> 'account-deleted'")],
     "one_message_of_a_message_id": [message("message_id = '<same@vendor.example>'", "1 = 1")],
     "message_of_a_known_kind": [message("template = 'a-newer-one'", _OPEN)],
@@ -280,6 +285,9 @@ BROKEN: dict[str, list[str]] = {
     "last_email_is_erased": [
         message("recipient_address = 'uma@umbrella.example'", "template = 'account-deleted'"),
         message("recipient_name = 'Uma Banerjee'", "template = 'account-deleted'"),
+    ],
+    "last_event_is_erased": [
+        "UPDATE webhook_delivery SET payload = '{}', delivered_at = created_at WHERE type = 'account.deleted'"
     ],
 }
 """For each rule that is about more than one row, ways to break it by hand after the story."""

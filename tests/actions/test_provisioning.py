@@ -14,6 +14,7 @@ from app.db import Database
 from app.lifecycle import MemberRole, Permission, Scope, StaffRole
 from app.models import Account, Member, Staff
 from app.provisioning import AccountItem, ItemResult, MemberItem, Outcome
+from app.receivers import Receivers
 from app.settings import Settings
 from app.tokens import DEVELOPMENT_ISSUER, Tokens
 
@@ -38,6 +39,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
         rate_limit_caller=0,
         rate_limit_account=0,
         request_timeout=timedelta(seconds=10),
+        receivers=Receivers(""),
     )
 
 

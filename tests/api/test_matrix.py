@@ -20,7 +20,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from graphql import GraphQLField
 
-from app import accounts, db, provisioning
+from app import accounts, db, endpoints, provisioning
 from app.db import Database, uuid7
 from app.graphql import nodes
 from app.graphql.nodes import Kind
@@ -270,14 +270,104 @@ syncAccounts
   confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
   feedback_link, restart_link      forbidden
   ungranted_link, foreign_link     forbidden
+
+eventTypes
+  admin, permitted, member         ok        ok        ok        ok        removed   removed   removed   forbidden
+  stranger, host, gatekeeper       ok
+  csm, other_csm, billing, support ok
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+webhookEndpoints
+  admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  stranger, host, gatekeeper       forbidden
+  integrator                       ok
+  csm, other_csm, billing, support ok
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+webhookDeliveries
+  admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  stranger, host, gatekeeper       forbidden
+  integrator                       ok
+  csm, other_csm, billing, support ok
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+createWebhookEndpoint
+  admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
+  integrator, billing              ok
+  stranger, host, gatekeeper       denied
+  csm, other_csm, support          denied
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+updateWebhookEndpoint
+  admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
+  integrator, billing              ok
+  stranger, host, gatekeeper       denied
+  csm, other_csm, support          denied
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+rotateWebhookSecret
+  admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
+  integrator, billing              ok
+  stranger, host, gatekeeper       denied
+  csm, other_csm, support          denied
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+disableWebhookEndpoint
+  admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
+  integrator, billing              ok
+  stranger, host, gatekeeper       denied
+  csm, other_csm, support          denied
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+enableWebhookEndpoint
+  admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
+  integrator, billing              ok
+  stranger, host, gatekeeper       denied
+  csm, other_csm, support          denied
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+pingWebhookEndpoint
+  admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
+  integrator, billing              ok
+  stranger, host, gatekeeper       denied
+  csm, other_csm, support          denied
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+redeliverWebhook
+  admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
+  integrator, billing              ok
+  stranger, host, gatekeeper       denied
+  csm, other_csm, support          denied
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
 """
 
 NOBODY = ("no_token", "expired", "wrong_audience", "forged_key")
 """UNAUTHENTICATED, whatever they ask."""
 UNKNOWN = ("unknown", "removed", "removed_link", "former_staff", "former_service")
 """FORBIDDEN, whatever they ask: a good token of nobody here."""
-LIKE = {"ungranted": "member", "demoted": "member"}
-"""Tokens issued to a member with the permission and to an admin, before it was taken from them."""
+LIKE = {"ungranted": "member", "demoted": "member", "integrator": "gatekeeper"}
+"""Tokens issued to a member with the permission and to an admin, before it was taken from them; and a service with the
+scope `webhooks`, which is like any other where it has no line of its own."""
 
 WORDS = {
     "UNAUTHENTICATED": "unauthenticated",
@@ -312,7 +402,7 @@ def read_table() -> dict[str, dict[str, dict[str, str]]]:
             assert caller.strip() not in rows[operation], f"{operation}: {caller} stands twice"
             rows[operation][caller.strip()] = outcomes
     for row in rows.values():
-        row |= {caller: row[like] for caller, like in LIKE.items()}
+        row |= {caller: row[like] for caller, like in LIKE.items() if caller not in row}
         row |= {caller: dict.fromkeys(STATES, "unauthenticated") for caller in NOBODY}
         row |= {caller: dict.fromkeys(STATES, "forbidden") for caller in UNKNOWN}
     return rows
@@ -339,12 +429,15 @@ class Scene:
     account_id: UUID
     request_id: UUID
     offer_id: UUID
+    endpoint_id: UUID
+    delivery_id: UUID
 
     def arguments(self, operation: str, caller: str) -> dict[str, Any]:
         """Values that would be accepted, for each argument of a query or field of a mutation's input."""
         account = nodes.encode(Kind.ACCOUNT, self.account_id)
         request = nodes.encode(Kind.CANCELLATION_REQUEST, self.request_id)
         offer = nodes.encode(Kind.OFFER, self.offer_id)
+        endpoint = nodes.encode(Kind.WEBHOOK_ENDPOINT, self.endpoint_id)
         by_staff = {"note": "They called."} if ROWS["accounts"][caller]["ACTIVE"] == "ok" else {}
         known: dict[str, dict[str, Any]] = {
             "account": {"id": account},
@@ -365,6 +458,13 @@ class Scene:
             "releaseDeletion": {"accountId": account, "note": "They called."},
             "approveDeletions": {"count": 1, "note": "They called."},
             "advanceClock": {"by": "1s"},
+            "createWebhookEndpoint": {"url": "https://hooks.example.com/"},
+            "updateWebhookEndpoint": {"endpointId": endpoint, "description": "Changed."},
+            "rotateWebhookSecret": {"endpointId": endpoint},
+            "disableWebhookEndpoint": {"endpointId": endpoint},
+            "enableWebhookEndpoint": {"endpointId": endpoint},
+            "pingWebhookEndpoint": {"endpointId": endpoint},
+            "redeliverWebhook": {"deliveryId": nodes.encode(Kind.WEBHOOK_DELIVERY, self.delivery_id)},
             "syncAccounts": {"accounts": [{"reference": "hooli", "name": "Hooli", "planCode": "startup"}]},
         }
         return known.get(operation, {})
@@ -438,6 +538,12 @@ async def add_people(stage: Stage) -> None:
         )
     await provisioning.add_service(
         name="former", scopes=frozenset({Scope.PROVISION}), issuer=DEVELOPMENT_ISSUER, subject=person("former")
+    )
+    await provisioning.add_service(
+        name="integrator",
+        scopes=frozenset({Scope.WEBHOOKS}),
+        issuer=DEVELOPMENT_ISSUER,
+        subject=person("integrator"),
     )
     csm = await Staff.get(email=CSM)
     await Account.filter(reference="acme").update(csm_id=csm.id)
@@ -548,6 +654,7 @@ async def make_scene(stage: Stage, state: str) -> Scene:
         "host": HOST,
         "gatekeeper": GATEKEEPER,
         "former_service": "former",
+        "integrator": "integrator",
     }
     tokens: dict[str, str | None] = {caller: stage.token(who) for caller, who in named.items()}
     request_id = await put_into(state, stage, account_id)
@@ -562,6 +669,10 @@ async def make_scene(stage: Stage, state: str) -> Scene:
         ("foreign", GINA, LinkPurpose.RESTART, elsewhere),
     ):
         tokens[f"{name}_link"] = link_token(stage, who, purpose, about, request_id)
+    made = await endpoints.create(
+        None, stage.installation.receivers, url="https://hooks.example.com/", description=None, event_types=None
+    )
+    ping = await endpoints.ping(None, made.endpoint.id)
     await take_away()
     return Scene(
         stage=stage,
@@ -569,6 +680,8 @@ async def make_scene(stage: Stage, state: str) -> Scene:
         account_id=account_id,
         request_id=request_id,
         offer_id=offer.id,
+        endpoint_id=made.endpoint.id,
+        delivery_id=ping.id,
     )
 
 
@@ -638,7 +751,7 @@ async def test_a_foreign_id_an_unknown_id_and_no_id_at_all_are_answered_alike(sc
                 others = [await scene.answer(operation, caller, given | {key: one}) for one in malformed]
                 assert all(json.dumps(foreign) == json.dumps(other) for other in others), f"{operation} by {caller}"
                 tried += 1
-    assert tried == 4 * 12
+    assert tried == 4 * 18
 
 
 async def test_a_canceled_account_is_told_apart_from_none_by_its_own_members_alone(scene: Scene, state: str) -> None:

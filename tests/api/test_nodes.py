@@ -41,6 +41,8 @@ class TestIds:
             "CANCELLATION_REQUEST": "R",
             "FEEDBACK": "F",
             "OFFER": "O",
+            "WEBHOOK_ENDPOINT": "W",
+            "WEBHOOK_DELIVERY": "D",
         }
 
     def test_of_another_kind_are_not_taken(self) -> None:

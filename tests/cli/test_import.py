@@ -18,6 +18,7 @@ from app.importing import Summary
 from app.lifecycle import MemberRole, Permission, StaffRole
 from app.models import Account, Member
 from app.provisioning import AccountItem, MemberItem
+from app.receivers import Receivers
 from app.settings import Settings
 from app.tokens import DEVELOPMENT_ISSUER, Tokens
 
@@ -36,6 +37,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
         rate_limit_caller=0,
         rate_limit_account=0,
         request_timeout=timedelta(seconds=10),
+        receivers=Receivers(""),
     )
 
 

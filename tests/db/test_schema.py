@@ -11,7 +11,7 @@ from tortoise.utils import generate_schema_for_client
 
 from app import db
 from app.db import Database, IntegrityError, sqlite_path
-from app.db.migrations import m0001_initial, m0002_time
+from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks
 from app.lifecycle import TransitionType
 from tests.postgres import PostgresServer
 
@@ -28,7 +28,7 @@ def key(number: int) -> str:
 STAFF, SERVICE, MEMBER, REQUEST, OFFER, FEEDBACK, TRANSITION, MESSAGE, RECORD = (key(number) for number in range(1, 10))
 ACTIVE, SCHEDULED, CANCELED, HELD, DELETING, DELETED, EMPTY, REMINDED = (key(number) for number in range(11, 19))
 CLOSED, EFFECTIVE, CONFIRMED = (key(number) for number in range(21, 24))
-HOLD, REMINDER, STEP, APPROVED, HALTED, TOMBSTONE = (key(number) for number in range(41, 47))
+HOLD, REMINDER, STEP, APPROVED, HALTED, TOMBSTONE, ENDPOINT, DELIVERY = (key(number) for number in range(41, 49))
 NEW = key(99)
 
 CANCELED_DATES = f"canceled_at = {day(1)}, restartable_until = {day(61)}, deletion_scheduled_for = {day(61)}"
@@ -188,6 +188,24 @@ def tombstone(**columns: object) -> str:
     )
 
 
+def endpoint(**columns: object) -> str:
+    return insert(
+        "webhook_endpoint",
+        **{"id": NEW, "url": "'https://x.example'", "description": "''", "event_types": "''", "created_at": day(0)}
+        | {"secret_generation": 0, "failures": 0}
+        | columns,
+    )
+
+
+def delivery(**columns: object) -> str:
+    return insert(
+        "webhook_delivery",
+        **{"id": NEW, "endpoint_id": ENDPOINT, "account_id": ACTIVE, "sequence": 2, "epoch": 0, "payload": "'{}'"}
+        | {"type": "'t'", "created_at": day(0), "queued_at": day(0), "due_at": day(0), "attempts": 0}
+        | columns,
+    )
+
+
 def change_request(columns: str, one: str = REQUEST) -> str:
     return f"UPDATE cancellation_request SET {columns} WHERE id = {one}"
 
@@ -251,6 +269,9 @@ WORLD = [
     tombstone(id=TOMBSTONE, account_id=DELETED, reason="'UNUSED'"),
     "UPDATE clock_offset SET offset_seconds = 3600",
     insert("rate_limit", key="'caller'", whole_at=day(1)),
+    endpoint(id=ENDPOINT),
+    delivery(id=DELIVERY, sequence=1, delivered_at=day(1)),
+    delivery(id=key(53), account_id="NULL", sequence="NULL", epoch="NULL"),
 ]
 """Statements that every one of which keeps the rules; the tests below begin after them."""
 
@@ -399,9 +420,21 @@ ATTEMPTS = [
     Attempt("clock_offset_fixed", f"UPDATE clock_offset SET fixed_at = {day(1)}"),
     Attempt("clock_never_goes_back", "UPDATE clock_offset SET offset_seconds = 3599"),
     Attempt("clock_is_kept", "DELETE FROM clock_offset"),
+    Attempt("webhook_endpoint_generation", endpoint(secret_generation=-1)),
+    Attempt("webhook_endpoint_failures", endpoint(failures=-1)),
+    Attempt("webhook_endpoint_disabled", endpoint(disabled_at=day(1))),
+    Attempt("webhook_endpoint_disabled", endpoint(disabled_reason="'tired'")),
+    Attempt("webhook_delivery_attempts", delivery(attempts=-1)),
+    Attempt("webhook_delivery_settled_once", delivery(delivered_at=day(1), dead_at=day(1))),
+    *(Attempt("webhook_delivery_about", delivery(**{one: "NULL"})) for one in ("account_id", "sequence", "epoch")),
+    *(
+        Attempt("webhook_delivery_settled_is_nobodys", delivery(**{one: day(1)}, lease=key(1)))
+        for one in ("delivered_at", "dead_at")
+    ),
+    Attempt("webhook_delivery_once", delivery(sequence=1)),
 ]
 
-MIGRATIONS = (m0001_initial, m0002_time)
+MIGRATIONS = (m0001_initial, m0002_time, m0003_webhooks)
 
 UNIQUE_INDEXES = {
     line.split()[3]: line.split()[5]
@@ -477,6 +510,8 @@ async def test_allowed_ways_stay_open(world: Database) -> None:
             breaker(),
             "UPDATE clock_offset SET offset_seconds = 3601",
             "DELETE FROM rate_limit",
+            f"UPDATE webhook_delivery SET delivered_at = NULL, lease = {key(1)} WHERE id = {DELIVERY}",
+            f"UPDATE webhook_delivery SET lease = NULL, dead_at = {day(2)} WHERE id = {DELIVERY}",
         ):
             assert await db.execute(statement) >= 1
 

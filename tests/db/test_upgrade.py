@@ -46,7 +46,7 @@ async def _grow(_apps, schema_editor):
 
 
 class Migration(TortoiseMigration):
-    dependencies = [("models", "m0002_time")]
+    dependencies = [("models", "m0003_webhooks")]
     operations = [RunPython(_grow)]
 """
 
@@ -70,7 +70,7 @@ TABLES = [
 ]
 NEW_TABLES = [
     *("clock_offset", "deletion_breaker", "deletion_hold", "deletion_reminder", "deletion_step", "rate_limit"),
-    "tombstone",
+    *("tombstone", "webhook_delivery", "webhook_endpoint"),
 ]
 
 REPLACED_BY_TIME = {

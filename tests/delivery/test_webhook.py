@@ -1,0 +1,289 @@
+"""One exchange with a receiver: what is sent, and what a slow, huge, wandering or hostile one can do with it."""
+
+import asyncio
+import base64
+import ipaddress
+import socket
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from app.delivery.webhook import MAX_READ, Answer, Poster, signed
+from app.receivers import Receivers, Refused, is_public
+from tests.delivery.webhook_server import Request, receiving, says
+
+LOCAL = Receivers("127.0.0.0/8")
+SECRET, OTHER = ("whsec_" + base64.b64encode(byte * 32).decode() for byte in (b"a", b"b"))
+BODY = '{"type": "webhook.ping", "data": {"name": "Zoë"}}'.encode()
+
+
+async def post(
+    url: str, *, receivers: Receivers = LOCAL, deadline: float = 20, headers: dict[str, str] | None = None
+) -> Answer:
+    poster = Poster(receivers, deadline=timedelta(seconds=deadline))
+    try:
+        return await poster.post(url, headers or {}, BODY, content_type="application/cloudevents+json")
+    finally:
+        await poster.close()
+
+
+async def test_what_is_sent_is_verified_by_the_package_of_standard_webhooks() -> None:
+    """With either secret of a rotation, and with no other."""
+    async with receiving() as receiver:
+        headers = signed([SECRET, OTHER], "D123", datetime.now(UTC), BODY)
+        answer = await post(receiver.url, headers=headers)
+        (request,) = receiver.requests
+    assert (answer.status, answer.error) == (204, None)
+    assert request.line == "POST /hooks HTTP/1.1"
+    assert request.headers["host"] == f"127.0.0.1:{receiver.port}"
+    assert request.headers["content-type"] == "application/cloudevents+json"
+    assert request.headers["webhook-id"] == "D123"
+    for secret in (SECRET, OTHER):
+        assert Webhook(secret).verify(request.body, request.headers)["data"] == {"name": "Zoë"}
+    with pytest.raises(WebhookVerificationError):
+        Webhook("whsec_" + base64.b64encode(b"c" * 32).decode()).verify(request.body, request.headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SECRET).verify(request.body + b" ", request.headers)
+
+
+@pytest.mark.parametrize("zone", [UTC, datetime.fromisoformat("2026-01-01T00:00:00+14:00").tzinfo])
+def test_a_time_in_any_zone_is_signed_as_the_moment_it_is(zone: object) -> None:
+    """The package's own sign() takes such a time for one in UTC."""
+    moment = datetime(2026, 11, 23, 9, 30, tzinfo=UTC)
+    assert signed([SECRET], "D", moment.astimezone(zone), b"")["webhook-timestamp"] == str(int(moment.timestamp()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("status", ["200 OK", "202 Accepted", "299 Fine"])
+async def test_only_2xx_is_success(status: str) -> None:
+    async with receiving(says(status)) as receiver:
+        assert (await post(receiver.url)).error is None
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "304 Not Modified", "400 No", "410 Gone", "500 Oops", "503 Later"])
+async def test_everything_else_is_not(status: str) -> None:
+    async with receiving(says(status)) as receiver:
+        answer = await post(receiver.url)
+    assert (answer.status, answer.error) == (int(status[:3]), f"answered {status[:3]}")
+
+
+async def test_a_redirect_is_not_followed() -> None:
+    """Neither to the metadata of a cloud nor back to who is allowed."""
+    async with receiving() as second:
+        for location in ("http://169.254.169.254/latest/meta-data/", second.url):
+            async with receiving(says("307 Temporary Redirect", f"Location: {location}")) as receiver:
+                answer = await post(receiver.url)
+            assert answer.error == "answered 307"
+            assert len(receiver.requests) == 1
+        assert second.requests == []
+
+
+async def test_a_drip_feed_ends_at_the_deadline() -> None:
+    """Each byte comes in time; the answer does not."""
+    stop = asyncio.Event()
+
+    async def drip(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        while not stop.is_set():
+            writer.write(b".")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    async with receiving(drip) as receiver:
+        answer = await post(receiver.url, deadline=0.3)
+    assert (answer.status, answer.error) == (200, "no complete answer within 0.3 seconds")
+
+
+async def test_a_drip_feed_of_headers_and_silence_end_at_the_deadline_too() -> None:
+    async def headers(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            writer.write(b"X: y\r\n")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    async def nothing(_: Request, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(3600)
+
+    for answer in (headers, nothing):
+        async with receiving(answer) as receiver:
+            came = await post(receiver.url, deadline=0.3)
+        assert (came.status, came.error) == (None, "no complete answer within 0.3 seconds")
+
+
+async def test_of_a_gigabyte_64_kib_are_read() -> None:
+    """The rest stays where it is: the receiver sends no more than the buffers between hold."""
+    sent = 0
+
+    async def flood(_: Request, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1073741824\r\n\r\n")
+        while sent < 1 << 30:
+            writer.write(b"x" * 65_536)
+            await writer.drain()
+            sent += 65_536
+
+    async with receiving(flood) as receiver:
+        answer = await post(receiver.url)
+    assert (answer.status, answer.error) == (200, None)
+    assert MAX_READ <= sent + 65_536 < 1 << 26
+
+
+async def test_headers_without_an_end_are_given_up() -> None:
+    async def headers(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            writer.write(b"X: " + b"y" * 65_536 + b"\r\n")
+            await writer.drain()
+
+    async with receiving(headers) as receiver:
+        answer = await post(receiver.url)
+    assert answer.status is None
+    assert answer.error == "no usable answer: RemoteProtocolError"
+
+
+async def test_what_is_no_http_or_no_answer_at_all_is_told() -> None:
+    async def garbage(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH\r\n\r\n")
+
+    async def hangs_up(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    for answer in (garbage, hangs_up):
+        async with receiving(answer) as receiver:
+            came = await post(receiver.url)
+        assert (came.status, came.error) == (None, "no usable answer: RemoteProtocolError")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        came = await post(f"http://127.0.0.1:{nobody.getsockname()[1]}/")
+    assert (came.status, came.error) == (None, "no usable answer: ConnectError")
+
+
+async def test_no_proxy_of_the_environment_is_asked_and_no_cookie_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with receiving(says("200 OK", "Set-Cookie: a=b")) as proxy, receiving(proxy.answer) as receiver:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+        poster = Poster(LOCAL)
+        for _ in range(2):
+            assert (await poster.post(receiver.url, {}, BODY, content_type="a/b")).error is None
+        await poster.close()
+        assert proxy.requests == []
+    assert len(receiver.requests) == 2
+    assert all("cookie" not in request.headers for request in receiver.requests)
+
+
+@pytest.mark.parametrize(
+    ("header", "wanted"), [("120", 120), ("date", 90), ("soon", None), ("-5", None), ("9" * 60, 10_000_000)]
+)
+async def test_retry_after_is_read_in_seconds_and_as_a_date(header: str, wanted: int | None) -> None:
+    if header == "date":
+        header = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    async with receiving(says("429 Too Many Requests", f"Retry-After: {header}")) as receiver:
+        answer = await post(receiver.url)
+    assert answer.error == "answered 429"
+    if wanted is None:
+        assert answer.retry_after is None
+    else:
+        assert answer.retry_after is not None
+        assert wanted - 30 <= answer.retry_after.total_seconds() <= wanted
+
+
+# ----------------------------------------------------------------------------------------------- who is not asked
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "10.1.2.3", "172.31.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.1"),
+        *("192.0.0.1", "198.18.0.1", "203.0.113.9", "224.0.0.1", "239.255.255.250", "255.255.255.255", "240.0.0.1"),
+        *("::1", "::", "fe80::1", "fc00::1", "fd12::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:8.8.8.8", "::127.0.0.1"),
+        *("64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "2002:a9fe:a9fe::1", "2001:0:1::1", "2001:db8::1", "fec0::1"),
+    ],
+)
+def test_what_is_not_public(address: str) -> None:
+    assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "93.184.216.34", "2606:4700::1111", "2a00:1450::1"])
+def test_what_is_public(address: str) -> None:
+    assert is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://hooks.example.com/", "ftp://hooks.example.com/", "https:///x", "hooks.example.com", ""),
+        "https://a b/",
+        *("https://user@hooks.example.com/", "https://u:p@hooks.example.com/", "https://hooks.example.com/#part"),
+        *("https://10.0.0.1/", "https://[::1]/", "https://[fe80::1%25eth0]/", "https://hooks.example.com:99999/"),
+        *("http://8.8.8.8/", "https://hooks.example.com/\n", "javascript:alert(1)"),
+    ],
+)
+def test_addresses_that_are_refused_when_they_are_given(url: str) -> None:
+    with pytest.raises(Refused):
+        Receivers("").check_url(url)
+
+
+def test_what_the_operator_allows_need_not_be_public_or_https() -> None:
+    allowed = Receivers("hooks.internal, 10.1.0.0/16,::1")
+    for url in ("http://hooks.internal/x", "https://hooks.internal/", "http://10.1.2.3:8080/", "http://[::1]/"):
+        allowed.check_url(url)
+    for receivers, url in ((Receivers("hooks.internal"), "http://other.internal/"), (allowed, "http://10.2.0.1/")):
+        with pytest.raises(Refused):
+            receivers.check_url(url)
+    Receivers("").check_url("https://hooks.example.com/x?y=z")
+
+
+def answers_for_names(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
+    """The system's resolver, which knows one answer. Returns the names it is asked."""
+    asked: list[str] = []
+
+    def getaddrinfo(host: str, port: int, **_: object) -> list[object]:
+        asked.append(host)
+        kinds = [(socket.AF_INET6 if ":" in one else socket.AF_INET, one) for one in addresses]
+        return [(kind, socket.SOCK_STREAM, 6, "", (one, port)) for kind, one in kinds]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+@pytest.mark.parametrize(
+    "addresses", [("127.0.0.1",), ("8.8.8.8", "10.0.0.1"), ("::ffff:169.254.169.254",), ("169.254.169.254",)]
+)
+async def test_a_name_that_leads_inside_is_refused_if_only_one_of_its_addresses_does(
+    monkeypatch: pytest.MonkeyPatch, addresses: tuple[str, ...]
+) -> None:
+    answers_for_names(monkeypatch, *addresses)
+    answer = await post("https://hooks.example.com/", receivers=Receivers(""))
+    assert answer.status is None
+    assert answer.error is not None
+    assert "not public" in answer.error
+
+
+async def test_only_what_is_allowed_is_sent_to_in_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers_for_names(monkeypatch, "8.8.8.8")
+    answer = await post("http://hooks.example.com/", receivers=Receivers("10.0.0.0/8"))
+    assert (answer.status, answer.error) == (None, "It is not https.")
+
+
+async def test_a_name_is_looked_up_once_and_what_was_checked_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that would answer differently the second time (DNS rebinding) is not asked a second time."""
+    async with receiving() as receiver:
+        asked = answers_for_names(monkeypatch, "127.0.0.1")
+        answer = await post(f"http://hooks.internal:{receiver.port}/x?y=1", receivers=Receivers("hooks.internal"))
+        assert answer.error is None
+        assert asked == ["hooks.internal"]
+        (request,) = receiver.requests
+        assert request.line == "POST /x?y=1 HTTP/1.1"
+        assert request.headers["host"] == f"hooks.internal:{receiver.port}"
+
+
+async def test_an_allowed_network_allows_its_names_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with receiving() as receiver:
+        answers_for_names(monkeypatch, "127.0.0.1")
+        url = f"http://localhost:{receiver.port}/"
+        assert (await post(url)).error is None
+        refused = await post(url, receivers=Receivers("10.0.0.0/8"))
+    assert refused.error is not None
+    assert len(receiver.requests) == 1
