@@ -24,7 +24,7 @@ from tortoise.context import TortoiseContext
 from tortoise.context import _current_context as _tortoise_context
 from tortoise.exceptions import IntegrityError
 
-from app.db.listen import Wakeups
+from app.db.listen import Tell, Wakeups
 from app.db.transaction import TransactionBlock, detached, on_commit, refuse_inside_transaction
 from app.db.values import UtcDatetimeField, as_datetime, as_uuid, uuid7
 from app.errors import Unavailable
@@ -50,6 +50,7 @@ __all__ = [
     "fetch_one",
     "fix_clock",
     "for_update",
+    "hear",
     "listen",
     "notify",
     "now",
@@ -313,19 +314,34 @@ def random_uuid_sql() -> str:
     return f"lower({parts})"
 
 
-async def notify(channel: str) -> None:
-    """Wake who listens to `channel`: after the commit, when the task has a transaction open, otherwise now."""
-    await _bound.get()._client.notify(channel)
+async def notify(channel: str, payload: str = "") -> None:
+    """Tell who listens to `channel`: after the commit, when the task has a transaction open, otherwise now."""
+    await _bound.get()._client.notify(channel, payload)
+
+
+def hear(channel: str, tell: Tell) -> AbstractAsyncContextManager[None]:
+    """Within the block, `tell` is called with the payload of each notification to `channel`, and with None when some
+    may have been missed: when listening begins, begins again, and when the connection was lost.
+
+    Notifications are hints, and may come too often or, on another host's failure, never. They reach all processes on
+    PostgreSQL, this process on SQLite. RuntimeError inside a transaction.
+    """
+    refuse_inside_transaction("Listening")
+    listening: AbstractAsyncContextManager[None] = _bound.get()._client.listen(channel, tell)
+    return listening
 
 
 def listen(channel: str) -> AbstractAsyncContextManager[Wakeups]:
-    """`async with` a listener; wake-ups are hints, and may come too often or, on another host's failure, never.
+    """`hear`, for who only waits until there may be something to do."""
+    wakeups = Wakeups()
+    hearing = hear(channel, lambda _: wakeups.wake())
 
-    Reaches all processes on PostgreSQL, this process on SQLite. RuntimeError inside a transaction.
-    """
-    refuse_inside_transaction("Listening")
-    wakeups: AbstractAsyncContextManager[Wakeups] = _bound.get()._client.listen(channel)
-    return wakeups
+    @asynccontextmanager
+    async def listening() -> AsyncIterator[Wakeups]:
+        async with hearing:
+            yield wakeups
+
+    return listening()
 
 
 def sqlite_path(url: str) -> str:

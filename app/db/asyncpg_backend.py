@@ -25,7 +25,7 @@ from tortoise.backends.asyncpg.client import AsyncpgDBClient
 from tortoise.backends.base.client import TransactionContext
 from tortoise.exceptions import IntegrityError, OperationalError, TransactionManagementError
 
-from app.db.listen import Wakeups
+from app.db.listen import Tell
 from app.db.pool import Pool
 from app.db.transaction import Lease, block, current
 from app.db.values import utc
@@ -39,6 +39,7 @@ _ANSWER_GRACE_SECONDS = 5.0
 _CLEAN_SECONDS = 10.0
 _RECONNECT_SECONDS = 0.1
 _RECONNECT_SECONDS_AT_MOST = 5.0
+_HEARTBEAT_SECONDS = 15.0
 
 _log = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ class PostgresClient(AsyncpgDBClient):
     def translate(self, error: BaseException) -> Exception | None:
         return _translate(error)
 
-    def wake(self, channel: str) -> None:
+    def tell(self, channel: str, payload: str) -> None:
         """Nothing: the server delivers on commit what `notify` has sent in the transaction."""
 
     # What Tortoise asks of a client.
@@ -232,21 +233,22 @@ class PostgresClient(AsyncpgDBClient):
         count = answer.rpartition(" ")[2]
         return int(count) if count.isdigit() else 0
 
-    async def notify(self, channel: str) -> None:
-        await self.fetch("SELECT pg_notify($1, '')", (channel,))
+    async def notify(self, channel: str, payload: str) -> None:
+        await self.fetch("SELECT pg_notify($1, $2)", (channel, payload))
 
     @asynccontextmanager
-    async def listen(self, channel: str) -> AsyncIterator[Wakeups]:
-        wakeups = Wakeups()
-        keeper = asyncio.create_task(self._keep_listening(channel, wakeups))
+    async def listen(self, channel: str, tell: Tell) -> AsyncIterator[None]:
+        keeper = asyncio.create_task(self._keep_listening(channel, tell))
         try:
-            yield wakeups
+            yield
         finally:
             keeper.cancel()
             await asyncio.wait([keeper])
 
-    async def _keep_listening(self, channel: str, wakeups: Wakeups) -> None:
-        """LISTEN on a connection of its own, again and again: it stays open, and what is lost wakes and reconnects."""
+    async def _keep_listening(self, channel: str, tell: Tell) -> None:
+        """LISTEN on a connection of its own, again and again: it stays open, what is lost is told and reconnects.
+
+        Asked now and then whether it is still there: a server that has vanished ends no connection."""
         pause = _RECONNECT_SECONDS
         while True:
             lost = asyncio.Event()
@@ -254,11 +256,14 @@ class PostgresClient(AsyncpgDBClient):
                 connection = await self.connect()
                 try:
                     connection.add_termination_listener(lambda _, lost=lost: lost.set())
-                    await connection.add_listener(channel, lambda *_: wakeups.wake())
+                    await connection.add_listener(channel, lambda *heard: tell(heard[-1]))
                     pause = _RECONNECT_SECONDS
-                    wakeups.wake()
-                    await lost.wait()
-                    wakeups.wake()
+                    tell(None)
+                    try:
+                        while not await _set_within(lost, _HEARTBEAT_SECONDS):
+                            await connection.execute("SELECT 1")
+                    finally:
+                        tell(None)
                 finally:
                     with suppress(Exception):  # a server that does not answer must not hide that the task was canceled
                         await connection.close(timeout=_CLEAN_SECONDS)
@@ -267,6 +272,14 @@ class PostgresClient(AsyncpgDBClient):
                 _log.warning("Listening to the database failed (%s); trying again.", type(error).__name__)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _RECONNECT_SECONDS_AT_MOST)
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False
 
 
 def _argument(value: Any) -> Any:

@@ -1,6 +1,10 @@
 """Waiting for a hint that there is work. A hint is never the work itself: what is due is in the tables."""
 
 import asyncio
+from collections.abc import Callable
+
+Tell = Callable[[str | None], None]
+"""Called with what a notification carries; with None when some may have been missed. It must not raise or wait."""
 
 
 class Wakeups:

@@ -33,7 +33,7 @@ from tortoise.backends.base.client import TransactionContext
 from tortoise.backends.sqlite.client import SqliteClient as TortoiseSqliteClient
 from tortoise.exceptions import IntegrityError, OperationalError
 
-from app.db.listen import Wakeups
+from app.db.listen import Tell
 from app.db.pool import Pool
 from app.db.transaction import Lease, block, current
 from app.db.values import sqlite_text
@@ -151,7 +151,7 @@ class SqliteClient(TortoiseSqliteClient):
         super().__init__(file_path, connection_name=connection_name)
         self._write_turn = asyncio.Lock()
         self._writer: _Connection | None = None
-        self._listeners: dict[str, set[Wakeups]] = {}
+        self._listeners: dict[str, list[Tell]] = {}
         self._connections: Pool[_Connection] = Pool(
             size=max(2, min(pool_size, _MOST_CONNECTIONS)),
             wait_seconds=_ACQUIRE_SECONDS,
@@ -249,9 +249,9 @@ class SqliteClient(TortoiseSqliteClient):
     def translate(self, error: BaseException) -> Exception | None:
         return _translate(error)
 
-    def wake(self, channel: str) -> None:
-        for wakeups in self._listeners.get(channel, ()):
-            wakeups.wake()
+    def tell(self, channel: str, payload: str) -> None:
+        for tell in self._listeners.get(channel, ()):
+            tell(payload)
 
     # What Tortoise asks of a client.
 
@@ -285,22 +285,22 @@ class SqliteClient(TortoiseSqliteClient):
         async with Lease(self) as connection:
             await connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    async def notify(self, channel: str) -> None:
+    async def notify(self, channel: str, payload: str) -> None:
         transaction = current(self)
         if transaction is None:
-            self.wake(channel)
+            self.tell(channel, payload)
         else:
-            transaction.channels.add(channel)
+            transaction.hints.add((channel, payload))
 
     @asynccontextmanager
-    async def listen(self, channel: str) -> AsyncIterator[Wakeups]:
-        wakeups = Wakeups()
-        wakeups.wake()
-        self._listeners.setdefault(channel, set()).add(wakeups)
+    async def listen(self, channel: str, tell: Tell) -> AsyncIterator[None]:
+        tell(None)
+        listeners = self._listeners.setdefault(channel, [])
+        listeners.append(tell)
         try:
-            yield wakeups
+            yield
         finally:
-            self._listeners[channel].discard(wakeups)
+            listeners.remove(tell)
 
 
 def _raise_translated(error: BaseException) -> None:

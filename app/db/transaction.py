@@ -47,20 +47,20 @@ class Backend(Protocol):
     def translate(self, error: BaseException) -> Exception | None:
         """The exception that callers should see instead of the driver's, if there is one."""
 
-    def wake(self, channel: str) -> None: ...
+    def tell(self, channel: str, payload: str) -> None: ...
 
 
 class OpenTransaction:
-    """A transaction after BEGIN. `channels` are woken when it is over (engines that notify in process); `committed`
-    is called when it was committed."""
+    """A transaction after BEGIN. `hints`, channels with what they are told, go out when it is over (engines that
+    notify in process); `committed` is called when it was committed."""
 
-    __slots__ = ("backend", "channels", "committed", "connection", "savepoints", "task")
+    __slots__ = ("backend", "committed", "connection", "hints", "savepoints", "task")
 
     def __init__(self, backend: Backend, connection: Any) -> None:
         self.backend = backend
         self.connection = connection
         self.task = asyncio.current_task()
-        self.channels: set[str] = set()
+        self.hints: set[tuple[str, str]] = set()
         self.committed: list[Callable[[], None]] = []
         self.savepoints = 0
 
@@ -134,9 +134,9 @@ class TransactionBlock(TransactionContext):
                 for callback in transaction.committed:
                     callback()
         finally:
-            # Also when the commit failed or was canceled, since it may have succeeded: a wake too many is harmless.
-            for channel in transaction.channels:
-                self._backend.wake(channel)
+            # Also when the commit failed or was canceled, since it may have succeeded: a hint too many is harmless.
+            for channel, payload in transaction.hints:
+                self._backend.tell(channel, payload)
 
 
 class SavepointBlock(TransactionContext):

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from app import db
-from app.db import Database
+from app.db import Database, asyncpg_backend
 from tests.postgres import PostgresServer
 
 LONG = 30.0
@@ -30,6 +30,21 @@ async def test_a_notification_wakes_after_the_commit(database: Database) -> None
         await db.notify("outbox")
         assert await wakeups.wait(LONG)
         assert not await others.wait(0)
+
+
+async def test_a_notification_carries_what_it_was_given(database: Database) -> None:
+    """After the commit and not before; None says that some may have been missed, as at the beginning."""
+    heard: asyncio.Queue[str | None] = asyncio.Queue()
+    async with db.hear("changed", heard.put_nowait), asyncio.timeout(LONG):
+        assert await heard.get() is None
+        async with db.transaction():
+            await db.notify("changed", "one")
+            await db.notify("changed", "one")
+            await db.notify("changed", "two")
+            assert heard.empty()
+        assert {await heard.get(), await heard.get()} == {"one", "two"}
+        await db.notify("changed", "three")
+        assert await heard.get() == "three"
 
 
 async def test_all_listeners_wake(database: Database) -> None:
@@ -89,6 +104,36 @@ async def test_listening_survives_a_restart_of_the_server(postgres_server: Postg
                 assert await wakeups.wait(LONG)
                 await db.notify("outbox")
                 assert await wakeups.wait(LONG)
+    finally:
+        await database.close()
+        await postgres_server.drop_database(name)
+
+
+@pytest.mark.postgres
+async def test_a_server_that_answers_no_more_is_noticed(
+    postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that vanishes ends no connection: only asking tells."""
+    if not postgres_server.can_restart:
+        pytest.skip("the given server is not ours to pause")
+    monkeypatch.setattr(asyncpg_backend, "_HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(asyncpg_backend, "_ANSWER_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(asyncpg_backend, "_CLEAN_SECONDS", 0.1)
+    name = await postgres_server.create_database()
+    database = await Database.open(postgres_server.url(name), statement_seconds=0.5)
+    heard: asyncio.Queue[str | None] = asyncio.Queue()
+    try:
+        with database.bind():
+            async with db.hear("changed", heard.put_nowait), asyncio.timeout(LONG):
+                assert await heard.get() is None
+                postgres_server.pause()
+                try:
+                    assert await heard.get() is None
+                finally:
+                    postgres_server.resume()
+                assert await heard.get() is None
+                await db.notify("changed", "again")
+                assert await heard.get() == "again"
     finally:
         await database.close()
         await postgres_server.drop_database(name)
