@@ -57,6 +57,7 @@ _ACCOUNT = (
     "plan_code",
     "status",
     "epoch",
+    "last_sequence",
     "current_period_end",
     "csm_id",
     "cancellation_effective_at",
@@ -125,6 +126,8 @@ class AccountView:
     plan_code: str
     status: AccountStatus
     epoch: int
+    sequence: int
+    """Of the last transition; 0 before the first."""
     current_period_end: datetime | None
     csm_id: UUID | None
     csm: Contact | None
@@ -185,6 +188,7 @@ def view(row: Mapping[str, Any]) -> AccountView:
         plan_code=row["a_plan_code"],
         status=AccountStatus(row["a_status"]),
         epoch=row["a_epoch"],
+        sequence=row["a_last_sequence"],
         current_period_end=db.as_datetime(row["a_current_period_end"]),
         csm_id=db.as_uuid(row["a_csm_id"]),
         csm=Contact(name=row["csm_name"], email=row["csm_email"]) if row["csm_name"] is not None else None,

@@ -5,7 +5,7 @@ services by scope. So a permission, a member or an account's access that is take
 request, however long the token lives.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -14,6 +14,7 @@ import structlog
 
 from app import accounts, db, errors
 from app.accounts import AccountView, MemberView
+from app.changes import Changes
 from app.lifecycle import (
     AccountFacts,
     Actor,
@@ -46,6 +47,8 @@ class Installation:
     """How long a request may wait for the database."""
     receivers: Receivers
     """To whom webhooks may be sent."""
+    changes: Changes = field(default_factory=Changes)
+    """Who watches accounts in this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,13 @@ class Caller:
         if self.member is None:
             return None
         return self.account if self.account.has_access(self.now) else None
+
+    def see_status(self) -> AccountView | None:
+        """The account asked about, if the caller may know where it is in its life: who may see it, and services with
+        the scope `gate`, which are to obey it."""
+        if self.service is not None and Scope.GATE in self.service.scopes and self.identity.grant is None:
+            return self.account
+        return self.see()
 
     def has_billing_permission(self) -> bool:
         """On the account asked about: a member with the permission, or staff, who reads everything. A link's bearer

@@ -186,11 +186,13 @@ def serve(
     import uvicorn
 
     from app import logs
-    from app.main import create_app
+    from app.graphql.websocket import MAX_MESSAGE_BYTES
+    from app.main import create_app, installation
 
     settings = _settings(host=host, port=port)
     logs.configure(format=settings.log_format, level=settings.log_level)
     introduction = _run(_prepare(settings))
+    shared = installation(settings)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -198,13 +200,20 @@ def serve(
             if self.started:
                 _introduce(settings, introduction)
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            shared.changes.end()  # streams would last for as long as their clients please
+            await super().shutdown(sockets)
+
     server = Server(
         uvicorn.Config(
-            create_app(settings),
+            create_app(settings, shared),
             host=settings.host,
             port=settings.port,
             loop="uvloop",
             http="httptools",
+            ws="websockets-sansio",
+            ws_max_size=MAX_MESSAGE_BYTES,
+            ws_per_message_deflate=False,  # the messages are small, and each socket would hold its tables
             lifespan="on",
             log_config=None,
             access_log=False,

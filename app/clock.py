@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 import structlog
 
-from app import db, errors, idempotency
+from app import changes, db, errors, idempotency
 from app.auth import Call, require_staff
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -37,6 +37,7 @@ async def advance(by: timedelta) -> datetime:
             "The clock here is the database's own. Only SUNSET_CLOCK=development is moved, and never the clock of a "
             "database that production has used."
         )
+    await changes.announce_all()
     return now
 
 

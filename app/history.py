@@ -4,12 +4,13 @@
 kind and id.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
-from app import accounts, db, metrics, webhooks
+from app import accounts, changes, db, metrics, webhooks
 from app.events import CATALOGUE, Event, Said
 from app.lifecycle import AccountStatus, Actor, ActorKind, TransitionType
 from app.models import Transition
@@ -71,6 +72,7 @@ async def append(
             feedback=await _said(kind, request_id),
         )
     )
+    await changes.announce([account_id])
     db.on_commit(lambda: metrics.transition(kind))
 
 
@@ -82,6 +84,9 @@ async def _said(kind: TransitionType, request_id: UUID | None) -> list[Said]:
     if kind is TransitionType.FEEDBACK_SUBMITTED:
         told = told[-1:]
     return [Said(reason=one.reason, comment=one.comment, submitted_at=one.submitted_at) for one in told]
+
+
+_COLUMNS = "sequence, epoch, type, account_id, request_id, actor_kind, account_status, occurred_at"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,25 +107,33 @@ async def of(
     """For each account up to `limit` transitions, newest first, behind the (sequence, account) `after`."""
     found = await accounts.windows(
         "transition",
-        "sequence, epoch, type, account_id, request_id, actor_kind, account_status, occurred_at",
+        _COLUMNS,
         ("sequence", "account_id"),
         account_ids,
         after,
         limit,
     )
-    return {
-        account_id: [
-            TransitionView(
-                sequence=row["sequence"],
-                epoch=row["epoch"],
-                type=TransitionType(row["type"]),
-                account_id=account_id,
-                request_id=db.as_uuid(row["request_id"]),
-                actor_kind=ActorKind(row["actor_kind"]),
-                account_status=AccountStatus(row["account_status"]),
-                occurred_at=db.as_datetime(row["occurred_at"]),
-            )
-            for row in rows
-        ]
-        for account_id, rows in found.items()
-    }
+    return {account_id: [_view(account_id, row) for row in rows] for account_id, rows in found.items()}
+
+
+async def next_after(account_id: UUID, sequence: int) -> TransitionView | None:
+    """The account's first transition behind that one."""
+    row = await db.fetch_one(
+        f"SELECT {_COLUMNS} FROM transition WHERE account_id = $1 AND sequence > $2 ORDER BY sequence LIMIT 1",
+        account_id,
+        sequence,
+    )
+    return None if row is None else _view(account_id, row)
+
+
+def _view(account_id: UUID, row: Mapping[str, Any]) -> TransitionView:
+    return TransitionView(
+        sequence=row["sequence"],
+        epoch=row["epoch"],
+        type=TransitionType(row["type"]),
+        account_id=account_id,
+        request_id=db.as_uuid(row["request_id"]),
+        actor_kind=ActorKind(row["actor_kind"]),
+        account_status=AccountStatus(row["account_status"]),
+        occurred_at=db.as_datetime(row["occurred_at"]),
+    )

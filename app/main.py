@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from email.utils import parseaddr
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,9 +30,12 @@ from app.db import Database
 from app.db.migrate import pending
 from app.delivery.email import mailer_from_settings
 from app.graphql.context import Context
+from app.graphql.execution import Operations
 from app.graphql.http import GraphQLEndpoint
+from app.graphql.places import Places
 from app.graphql.refusals import HANDLERS
 from app.graphql.schema import SCHEMA, printed
+from app.graphql.websocket import WebSocketEndpoint
 from app.observation import observe
 from app.receivers import Receivers
 from app.settings import Settings, SettingsError
@@ -113,7 +117,7 @@ class _Logged:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _PROBES or scope["path"].startswith("/gate/"):
+        if scope["type"] == "lifespan" or scope["path"] in _PROBES or scope["path"].startswith("/gate/"):
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
@@ -124,6 +128,8 @@ class _Logged:
             if message["type"] == "http.response.start":
                 answer["status"] = message["status"]
                 answer["request_id"] = Headers(raw=message["headers"]).get("x-request-id", answer["request_id"])
+            elif message["type"] == "websocket.close":
+                answer["status"] = message["code"]
             await send(message)
 
         try:
@@ -131,8 +137,8 @@ class _Logged:
         finally:
             operation = scope.get("state", {}).get("operation")
             _log.info(
-                "http.request",
-                method=scope["method"],
+                "http.request" if scope["type"] == "http" else "websocket.closed",
+                method=scope.get("method"),
                 path=scope["path"],
                 operation=operation and operation.name,
                 milliseconds=round((time.perf_counter() - began) * 1000, 1),
@@ -198,7 +204,11 @@ class _Service:
                     raise RuntimeError(f"The database needs migrations: {', '.join(missing)}. Run: sunset migrate")
                 await check_clock(self.settings)
                 await check_plans(self.installation)
-                async with tracing.exporting(self.settings.otlp_endpoint), self._working():
+                async with (
+                    tracing.exporting(self.settings.otlp_endpoint),
+                    self.installation.changes.listening(),
+                    self._working(),
+                ):
                     yield
         finally:
             await self.installation.tokens.close()
@@ -217,15 +227,18 @@ class _Service:
             own.stop()
             await task
 
-    async def context(self, request: Request) -> Context:
-        """Who asks, by their token. What they may do is read with the operation."""
-        header = request.headers.get("authorization", "")
-        scheme, _, token = header.partition(" ")
+    async def context(self, authorization: str) -> Context:
+        """Who asks, by the token in such a header. What they may do is read with the operation."""
+        scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise errors.Unauthenticated("Send a token: `Authorization: Bearer ...`.")
-        await self.installation.tokens.follow()
-        identity = await self.installation.tokens.verify(token.strip())
-        return Context(Call(identity=identity, installation=self.installation))
+
+        async def authenticate() -> Call:
+            await self.installation.tokens.follow()
+            identity = await self.installation.tokens.verify(token.strip())
+            return Call(identity=identity, installation=self.installation)
+
+        return Context(await authenticate(), authenticate)
 
     async def ready(self, request: Request) -> Response:
         """Whether requests can be served now: the database answers. `?deep`, for who may look inside, says too what
@@ -287,20 +300,21 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
     """The ASGI application for these settings. Opens nothing until its lifespan begins. `shared` is what
     `installation` makes of the settings, where the caller has made it already."""
     service = _Service(settings, shared or installation(settings))
-    endpoint = GraphQLEndpoint(
-        SCHEMA,
-        context=service.context,
-        gate=Context.require_caller,
-        refusals=_REFUSALS,
-        timeout=service.installation.request_timeout,
+    operations = Operations(
+        SCHEMA, gate=Context.require_caller, refusals=_REFUSALS, timeout=service.installation.request_timeout
     )
+    places = Places(settings.streams, most_each=max(settings.streams // 20, 1))
+    caller = attrgetter("caller")
+    graphql = GraphQLEndpoint(operations, context=service.context, who=caller, places=places)
+    websocket = WebSocketEndpoint(operations, context=service.context, who=caller, places=places)
     schema = printed()
 
     async def schema_file(_: Request) -> PlainTextResponse:
         return PlainTextResponse(schema, media_type="text/plain; charset=utf-8")
 
     routes: list[BaseRoute] = [
-        Route("/graphql", endpoint),
+        Route("/graphql", graphql),
+        WebSocketRoute("/graphql", websocket),
         Route("/schema.graphql", schema_file),
         *service.probes(),
         *links.routes(service.installation),

@@ -13,7 +13,15 @@ from datetime import timedelta
 from importlib.metadata import version
 from typing import Final, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -67,6 +75,16 @@ _delivery_seconds = Histogram(
     buckets=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
     registry=REGISTRY,
 )
+_subscriptions = Gauge("sunset_subscriptions", "Subscriptions that are open.", registry=REGISTRY)
+_subscription_events = Counter(
+    "sunset_subscription_events", "Events that subscribers were told of, the first status included.", registry=REGISTRY
+)
+_subscriptions_ended = Counter(
+    "sunset_subscriptions_ended",
+    "Subscriptions that have ended: `left` by their client, or with the code of the error that ended them.",
+    ["reason"],
+    registry=REGISTRY,
+)
 _timer_latency = Histogram(
     "sunset_timer_latency_seconds",
     "Seconds from the time that something was due to when it was done.",
@@ -101,6 +119,22 @@ def delivery(template: str, result: Literal["delivered", "failed", "dead"], seco
     """One try to deliver a message has ended so, and its outbox row says it."""
     _deliveries.labels(template, result).inc()
     _delivery_seconds.observe(seconds)
+
+
+def subscription_begun() -> None:
+    """Somebody subscribes."""
+    _subscriptions.inc()
+
+
+def subscription_told() -> None:
+    """A subscriber is told something."""
+    _subscription_events.inc()
+
+
+def subscription_ended(reason: str) -> None:
+    """A subscription is over: its client has left it, or an error of that code has ended it."""
+    _subscriptions.dec()
+    _subscriptions_ended.labels(reason).inc()
 
 
 def timer_done(timer: str, late: timedelta) -> None:

@@ -19,7 +19,7 @@ from uuid import UUID
 
 import orjson
 
-from app import db, deletion, errors
+from app import changes, db, deletion, errors
 from app.auth import Installation
 from app.lifecycle import AccountStatus, MemberRole, Permission, Scope, StaffRole
 from app.models import Account, Service, Staff
@@ -262,6 +262,7 @@ class _Batch:
         await self._lock_and_compare(wanted)
         await self._update([{"id": self._ids[reference], **row} for reference, row in wanted.items()])
         await self._replace_members(now)
+        await changes.announce(self._changed - self._created)
 
     async def _managers(self) -> dict[str, UUID]:
         """The ids of the Customer Success Managers that the items name, by address."""
@@ -486,6 +487,7 @@ async def deactivate_staff(email: str) -> int:
         if person.deactivated_at is None:
             person.deactivated_at = await db.now()
             await person.save(update_fields=["deactivated_at"])
+            await changes.announce_all()
         return await Account.filter(csm_id=person.id).count()
 
 
@@ -530,6 +532,7 @@ async def deactivate_service(name: str) -> None:
         if service.deactivated_at is None:
             service.deactivated_at = await db.now()
             await service.save(update_fields=["deactivated_at"])
+            await changes.announce_all()
 
 
 async def list_services() -> list[Service]:

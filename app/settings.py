@@ -500,6 +500,15 @@ class Settings:
             parse=partial(_integer, least=1, most=300),
         )
     )
+    streams: int = field(
+        metadata=_setting(
+            "How many streams, WebSockets and event streams together, one process holds open at a time; one caller has "
+            "a twentieth of them at most. Each also needs a file descriptor.",
+            default="20000",
+            example="1000",
+            parse=partial(_integer, least=1, most=1_000_000),
+        )
+    )
     rate_limit_caller: int = field(
         metadata=_setting(
             "How many of the mutations that change a cancellation one caller may send in a minute; 0: no limit. All "

@@ -161,6 +161,10 @@ class Tokens:
         if isinstance(self._clock, DatabaseClock):
             await self._clock.follow()
 
+    def lifetime_left(self, identity: Identity) -> timedelta:
+        """How long a token that was verified is still good for."""
+        return timedelta(seconds=identity.expires_at.timestamp() - self._clock())
+
     async def close(self) -> None:
         """Stops what is being fetched and closes its connections."""
         for issuer in self._issuers.values():

@@ -6,6 +6,7 @@ where the field reads the database (`app.auth`), and tried for every field and e
 
 from collections.abc import Callable
 from enum import StrEnum
+from inspect import isasyncgenfunction
 from typing import Any
 
 import strawberry
@@ -21,6 +22,7 @@ class Access(StrEnum):
     WEBHOOK_READERS = "staff, and services with the scope `webhooks`"
     WEBHOOK_MANAGERS = "the billing team, and services with the scope `webhooks`"
     PROVISION = "services with the scope `provision`"
+    WATCHERS = "members of the account, staff, and services with the scope `gate`"
     RESTART_LINK = "bearers of the link in a cancellation email"
 
 
@@ -28,10 +30,11 @@ _ACCESS = "access"
 
 
 def root(access: Access, description: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A root field for `access`."""
+    """A root field for `access`; a subscription's where the resolver yields."""
 
     def declare(resolver: Callable[..., Any]) -> Any:
-        return strawberry.field(
+        kind = strawberry.subscription if isasyncgenfunction(resolver) else strawberry.field
+        return kind(
             resolver=resolver,
             description=f"{description}\n\nFor {access.value}.",
             metadata={_ACCESS: access},

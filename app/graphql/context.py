@@ -21,14 +21,22 @@ Slice = tuple[UUID, tuple[Any, ...] | None, int]
 
 
 class Context:
-    """One request's context. Its loaders live as long as the request: nothing read for one caller serves another."""
+    """One request's context, or one event's. Its loaders live no longer: nothing read for one caller serves another.
 
-    def __init__(self, call: Call) -> None:
+    `authenticate` verifies again, for a subscription, whose call it is."""
+
+    def __init__(self, call: Call, authenticate: Callable[[], Awaitable[Call]]) -> None:
         self.call = call
+        self._authenticate = authenticate
 
     @property
     def policy(self) -> Policy:
         return self.call.policy
+
+    @property
+    def caller(self) -> tuple[str, str]:
+        """Whose token it is, before anything else is known of them."""
+        return self.call.identity.issuer, self.call.identity.subject
 
     async def require_caller(self) -> None:
         """Refuse who is not known, or has lost access, before anything of the schema is answered."""
@@ -36,7 +44,14 @@ class Context:
 
     def forget(self) -> None:
         """Begin with empty loaders: a mutation has changed what an earlier one of the same document had read."""
-        self.__dict__ = {"call": self.call}
+        self.__dict__ = {"call": self.call, "_authenticate": self._authenticate}
+
+    async def renew(self) -> Call:
+        """Begin anew with the next event of a subscription: with empty loaders, and a caller whose token still holds.
+        Raises `Unauthenticated`."""
+        self.call = await self._authenticate()
+        self.forget()
+        return self.call
 
     @cached_property
     def feedback(self) -> DataLoader[UUID, list[FeedbackView]]:

@@ -12,13 +12,15 @@ from app.graphql.mutations import Mutation
 from app.graphql.queries import Query
 from app.graphql.refusals import HANDLERS
 from app.graphql.scalars import SCALARS
+from app.graphql.subscriptions import Subscription
 from app.graphql.types import Feedback, Member, Offer, WebhookDelivery, WebhookEndpoint
 
-require_statements(Query, Mutation)
+require_statements(Query, Mutation, Subscription)
 
 SCHEMA = strawberry.Schema(
     query=Query,
     mutation=Mutation,
+    subscription=Subscription,
     types=[Feedback, Member, Offer, WebhookDelivery, WebhookEndpoint],
     exception_handlers=HANDLERS,
     execution_context_class=Executor,

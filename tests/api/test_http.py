@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, NewType
 
 import httpx2
@@ -13,7 +14,6 @@ import pytest
 import strawberry
 import structlog
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.routing import Route
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,8 +22,10 @@ from structlog.testing import capture_logs
 
 from app import errors
 from app.graphql import scalars
+from app.graphql.execution import Operations
 from app.graphql.http import GraphQLEndpoint
 from app.graphql.limits import Limits
+from app.graphql.places import Places
 
 JSON = "application/json"
 GRAPHQL_JSON = "application/graphql-response+json"
@@ -38,7 +40,7 @@ class Refused(errors.Refusal):
 class Caller:
     """The context of the toy schema: who asks, and what was asked of it."""
 
-    request: Request
+    authorization: str
     gated: list[str] = field(default_factory=list)
 
 
@@ -116,8 +118,9 @@ class Query:
 
     @strawberry.field
     def operation(self, info: strawberry.Info[Caller, None]) -> str:
-        operation = info.context.request.state.operation
-        return f"{operation.kind} {operation.name}"
+        operation = info._raw_info.operation
+        assert operation.name is not None
+        return f"{operation.operation.value} {operation.name.value}"
 
     @strawberry.field
     def fails(self) -> str | None:
@@ -170,10 +173,10 @@ schema = strawberry.Schema(
 )
 
 
-async def context(request: Request) -> Caller:
+async def context(authorization: str) -> Caller:
     """Tokens are words here."""
-    match request.headers.get("authorization"):
-        case None | "Bearer stale":
+    match authorization:
+        case "" | "Bearer stale":
             raise errors.Unauthenticated("Send a valid token.")
         case "Bearer removed":
             raise errors.AccessRemoved("Canceled.", canceledAt=datetime(2026, 1, 2, 3, 4, 5, 678_999, tzinfo=UTC))
@@ -181,20 +184,26 @@ async def context(request: Request) -> Caller:
             raise errors.Unavailable("The database cannot be reached.")
         case "Bearer broken":
             raise RuntimeError(DSN)
-    return Caller(request)
+    return Caller(authorization)
 
 
 async def gate(caller: Caller) -> None:
-    if caller.request.headers["authorization"] == "Bearer canceled":
+    if caller.authorization == "Bearer canceled":
         raise errors.AccessRemoved("Canceled.")
 
 
 LIMITS = Limits(body_bytes=20_000)
+PLACES = 3
 
 
 @pytest.fixture
 def endpoint() -> GraphQLEndpoint[Caller]:
-    return GraphQLEndpoint(schema, context=context, gate=gate, limits=LIMITS)
+    return GraphQLEndpoint(
+        Operations(schema, gate=gate, limits=LIMITS),
+        context=context,
+        who=attrgetter("authorization"),
+        places=Places(PLACES, most_each=PLACES),
+    )
 
 
 def served(endpoint: GraphQLEndpoint[Caller]) -> Starlette:
@@ -244,7 +253,6 @@ class TestExecuted:
             (f"{GRAPHQL_JSON};q=nonsense", JSON),
             (JSON, JSON),
             ("*/*", JSON),
-            ("text/event-stream", JSON),
             ("", JSON),
         ],
     )
@@ -747,7 +755,7 @@ def test_a_schema_that_needs_more_than_this_endpoint_is_refused() -> None:
     extended = strawberry.Schema(Mutation, extensions=[strawberry.extensions.SchemaExtension])
 
     with pytest.raises(ValueError, match="extensions"):
-        GraphQLEndpoint(extended, context=context, gate=gate)
+        Operations(extended, gate=gate)
 
 
 def calling(app: ASGIApp) -> httpx2.AsyncClient:

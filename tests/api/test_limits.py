@@ -8,14 +8,15 @@ import pytest
 import strawberry
 from graphql import get_introspection_query
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from app.graphql import documents, limits
 from app.graphql.documents import Document, Documents, Recent, Rejection
+from app.graphql.execution import Operations
 from app.graphql.http import GraphQLEndpoint
 from app.graphql.limits import Limits
+from app.graphql.places import Places
 
 confirmed: list[str] = []
 
@@ -67,17 +68,18 @@ LIMITS = Limits(
 )
 
 
-async def anyone(request: Request) -> Request:
-    return request
+async def anyone(authorization: str) -> str:
+    return authorization
 
 
-async def allowed(_: Request) -> None:
+async def allowed(_: str) -> None:
     return None
 
 
 @pytest.fixture
 def client() -> Iterator[TestClient]:
-    endpoint = GraphQLEndpoint(schema, context=anyone, gate=allowed, limits=LIMITS)
+    operations = Operations(schema, gate=allowed, limits=LIMITS)
+    endpoint = GraphQLEndpoint(operations, context=anyone, who=str, places=Places(1, most_each=1))
     with TestClient(Starlette(routes=[Route("/graphql", endpoint)])) as client:
         yield client
 

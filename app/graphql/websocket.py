@@ -1,0 +1,287 @@
+"""GraphQL over a WebSocket: the protocol `graphql-transport-ws`, and no other.
+
+One socket carries many operations, each under an id of the client's. The caller is known by the token that they send
+when the connection begins, in `connection_init`'s payload or in the header of the request, and is verified again for
+every operation and every event. A client that breaks the protocol, or asks for too much at once, loses this socket and
+nothing else is disturbed.
+
+A token in a payload, unlike a cookie, is not sent by browsers on their own: where a page comes from does not matter.
+
+The codes that sockets are closed with are the protocol's own where it has one. Clients connect again after 1012, 1013,
+4403 and 4408, and give up after the others.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
+from contextlib import aclosing, suppress
+from typing import Any, Final, Generic, TypeVar
+from uuid import uuid4
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+
+from app import db, errors
+from app.graphql.execution import Answer, Malformed, Operations, Prepared, checked, dumps, failed, loads, refused
+from app.graphql.places import Places
+
+PROTOCOL: Final = "graphql-transport-ws"
+MAX_MESSAGE_BYTES: Final = 128 * 1024
+"""Of one message of a client. The server is to be told, too, so that a longer one is never held."""
+MAX_OPERATIONS: Final = 100
+"""Under way on one socket at a time."""
+_MAX_ID_CHARACTERS: Final = 128
+_INIT_SECONDS: Final = 10.0
+_MAX_REASON_BYTES: Final = 123
+
+_log = structlog.stdlib.get_logger(__name__)
+
+Context = TypeVar("Context")
+
+
+class _Close(Exception):
+    """The socket is to be closed with this code. Nothing is said where the client has left."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class _Left(Exception):
+    """The client has closed the socket, or it was lost."""
+
+
+class WebSocketEndpoint(Generic[Context]):
+    """An ASGI application for sockets at `/graphql`.
+
+    `context` makes what resolvers see as `info.context` of an `Authorization` header's value, for each operation. It
+    raises `errors.Unauthenticated` when nobody acceptable asks. `places` bounds how many sockets are open at a time, in
+    all and of one caller, which is what `who` makes of a context.
+    """
+
+    def __init__(
+        self,
+        operations: Operations[Context],
+        *,
+        context: Callable[[str], Awaitable[Context]],
+        who: Callable[[Context], Hashable],
+        places: Places,
+    ) -> None:
+        self.operations = operations
+        self.context = context
+        self.who = who
+        self.places = places
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()  # websocket.connect
+        spoken = PROTOCOL in scope["subprotocols"]
+        await send({"type": "websocket.accept", "subprotocol": PROTOCOL if spoken else None})
+        code, reason = 4406, f"Subprotocol not acceptable: speak {PROTOCOL}"
+        if spoken:
+            try:
+                with self.places.taken() as belongs_to:
+                    await _Socket(self, scope, receive, send).serve(belongs_to)
+            except _Left:
+                return
+            except _Close as close:
+                code, reason = close.code, close.reason
+            except errors.Unavailable as refusal:
+                code, reason = 1013, refusal.message
+            except Exception as failure:
+                _log.error("websocket.failed", exc_info=failure)
+                code, reason = 4500, "Internal server error"
+        with suppress(*_CLOSED):
+            await send({"type": "websocket.close", "code": code, "reason": _cut(reason)})
+
+
+class _Socket(Generic[Context]):
+    """One connection, from its first message to its last."""
+
+    def __init__(self, endpoint: WebSocketEndpoint[Context], scope: Scope, receive: Receive, send: Send) -> None:
+        self._endpoint = endpoint
+        self._authorization = Headers(scope=scope).get("authorization", "")
+        self._receive = receive
+        self._send = send
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+
+    async def serve(self, belongs_to: Callable[[Hashable], None]) -> None:
+        """Until somebody closes. Raises `_Left`, `_Close`, and `Unavailable` for who had better come again."""
+        await self._begin(belongs_to)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    await self._take(await self._message(), tasks)
+        except BaseExceptionGroup as together:
+            raise _first(together) from None
+
+    async def _begin(self, belongs_to: Callable[[Hashable], None]) -> None:
+        try:
+            async with asyncio.timeout(_INIT_SECONDS):
+                while (message := await self._message())["type"] != "connection_init":
+                    if message["type"] in {"subscribe", "complete"}:
+                        raise _Close(4401, "Unauthorized: begin with connection_init")
+                    await self._take_ping(message)
+        except TimeoutError:
+            raise _Close(4408, "Connection initialisation timeout") from None
+        payload = message.get("payload")
+        if not isinstance(payload, dict | None):
+            raise _Close(4400, "The payload of connection_init is an object or null")
+        self._authorization = _authorization(payload or {}) or self._authorization
+        try:
+            async with db.deadline(self._endpoint.operations.timeout):
+                context = await self._endpoint.context(self._authorization)
+        except errors.Unauthenticated as refusal:
+            raise _Close(4403, f"Forbidden: {refusal.message}") from None
+        belongs_to(self._endpoint.who(context))
+        await self._say({"type": "connection_ack"})
+
+    async def _message(self) -> dict[str, Any]:
+        """The next message, with a `type`."""
+        received: Message = await self._receive()
+        if received["type"] == "websocket.disconnect":
+            raise _Left
+        text = received.get("text")
+        if text is None:
+            raise _Close(4400, "Messages are JSON in text frames")
+        if len(text) > MAX_MESSAGE_BYTES:
+            raise _Close(1009, f"A message has at most {MAX_MESSAGE_BYTES} bytes")
+        try:
+            message = loads(text, "The message", depth=self._endpoint.operations.limits.json_depth)
+        except Malformed as refusal:
+            raise _Close(4400, refusal.message) from None
+        if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+            raise _Close(4400, "A message is an object with a type")
+        return message
+
+    async def _take(self, message: dict[str, Any], tasks: asyncio.TaskGroup) -> None:
+        match message["type"]:
+            case "subscribe":
+                self._start(_id(message), message.get("payload"), tasks)
+            case "complete":
+                if (task := self._under_way.pop(_id(message), None)) is not None:
+                    task.cancel()
+            case "connection_init":
+                raise _Close(4429, "Too many initialisation requests")
+            case _:
+                await self._take_ping(message)
+
+    async def _take_ping(self, message: dict[str, Any]) -> None:
+        if message["type"] not in {"ping", "pong"} or not isinstance(message.get("payload"), dict | None):
+            raise _Close(4400, "No such message")
+        if message["type"] == "ping":
+            await self._say({**message, "type": "pong"})
+
+    def _start(self, id_: str, payload: object, tasks: asyncio.TaskGroup) -> None:
+        if id_ in self._under_way:
+            raise _Close(4409, f"Subscriber for {id_} already exists")
+        if len(self._under_way) >= MAX_OPERATIONS:
+            raise _Close(1008, f"At most {MAX_OPERATIONS} operations are under way on one socket")
+        try:
+            parameters = checked(payload)
+        except Malformed as refusal:
+            raise _Close(4400, refusal.message) from None
+        prepared = self._endpoint.operations.prepare(parameters)
+        self._under_way[id_] = tasks.create_task(self._operate(id_, prepared))
+
+    async def _operate(self, id_: str, prepared: Prepared | Answer) -> None:
+        """Execute one operation and tell what becomes of it."""
+        began = time.perf_counter()
+        request_id = uuid4().hex
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        operation = None if isinstance(prepared, Answer) else prepared.operation
+        is_single = operation is None or operation.kind != "subscription"
+        results: Sequence[tuple[str, str]] = ()
+        ended = "left"
+        try:
+            async with aclosing(self._answers(prepared, request_id)) as answers:
+                async for answer in answers:
+                    results = answer.results
+                    if not answer.executed:
+                        ended = answer.errors[0]["extensions"]["code"]
+                        await self._end(id_, {"type": "error", "payload": answer.errors})
+                        return
+                    await self._say({"id": id_, "type": "next", "payload": answer.body()})
+            ended = "complete"
+            await self._end(id_, {"type": "complete"})
+        except errors.Unauthenticated as refusal:
+            ended = refusal.code
+            raise _Close(4403, f"Forbidden: {refusal.message}") from None
+        except errors.Unavailable as refusal:
+            ended = refusal.code
+            raise _Close(1013, refusal.message) from None
+        finally:
+            seconds = time.perf_counter() - began
+            if is_single:
+                self._endpoint.operations.count(results, seconds)
+            _log.info(
+                "websocket.operation",
+                operation=operation and operation.name,
+                operation_kind=operation and operation.kind,
+                ended=ended,
+                milliseconds=round(seconds * 1000, 1),
+            )
+
+    async def _answers(self, prepared: Prepared | Answer, request_id: str) -> AsyncGenerator[Answer, None]:
+        """What the operation is answered. Raises `Unauthenticated` and, for subscriptions, `Unavailable`."""
+        if isinstance(prepared, Answer):
+            yield prepared
+            return
+        operations = self._endpoint.operations
+        context = await self._endpoint.context(self._authorization)
+        if prepared.operation.kind == "subscription":
+            async with aclosing(operations.subscribe(prepared, context, request_id)) as answers:
+                async for answer in answers:
+                    yield answer
+            return
+        try:
+            answer = await operations.execute(prepared, context, request_id)
+        except errors.RequestError as refusal:
+            answer = refused(refusal)
+        except Exception as failure:
+            _log.error("graphql.request_failed", exc_info=failure)
+            answer = failed(request_id)
+        yield answer
+
+    async def _end(self, id_: str, message: dict[str, Any]) -> None:
+        """The last word on an operation; from then on its id may be used again."""
+        if self._under_way.get(id_) is asyncio.current_task():
+            del self._under_way[id_]
+        await self._say({"id": id_, **message})
+
+    async def _say(self, message: dict[str, Any]) -> None:
+        """Waits while the client does not read."""
+        try:
+            await self._send({"type": "websocket.send", "text": dumps(message).decode()})
+        except _CLOSED:
+            raise _Left from None
+
+
+_CLOSED: Final = (OSError, RuntimeError)
+"""What servers raise when something is said on a socket that is closed already."""
+
+
+def _id(message: dict[str, Any]) -> str:
+    id_ = message.get("id")
+    if not isinstance(id_, str) or not 1 <= len(id_) <= _MAX_ID_CHARACTERS:
+        raise _Close(4400, f"A message about an operation has its id, of 1 to {_MAX_ID_CHARACTERS} characters")
+    return id_
+
+
+def _authorization(payload: dict[str, Any]) -> str | None:
+    """The token that is sent with the beginning, as it would be in a header."""
+    for name, value in payload.items():
+        if name.lower() == "authorization" and isinstance(value, str):
+            return value
+    return None
+
+
+def _first(together: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Why a socket ends: what went wrong first; the rest was canceled because of it."""
+    return together.exceptions[0]
+
+
+def _cut(reason: str) -> str:
+    """As much of it as a close frame holds."""
+    return reason.encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
