@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from app import breaker, db, deletion, outbox, timers
+from app import breaker, db, deletion, enforcement, outbox, timers
 from app.auth import Installation
 from app.policy import Policy
 from app.timers import BEGIN_DELETION, Backlog
@@ -22,6 +22,7 @@ class Name(StrEnum):
     TIMERS_OVERDUE = "timers_overdue"
     DEAD_LETTERS = "dead_letters"
     MESSAGES_OVERDUE = "messages_overdue"
+    ENFORCEMENT_LATE = "enforcement_late"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,7 @@ async def current(installation: Installation) -> list[Alarm]:
         await _deletions_halted(policy),
         await _timers_overdue(policy),
         *await _messages(),
+        await _enforcement_late(policy),
     ]
     return [alarm for alarm in found if alarm is not None]
 
@@ -103,6 +105,19 @@ async def _messages() -> list[Alarm]:
         message = f"{_counted(depth.due, 'message')} due, the oldest for more than 15 minutes. Does a worker run?"
         found.append(Alarm(name=Name.MESSAGES_OVERDUE, message=message, since=due_at))
     return found
+
+
+async def _enforcement_late(policy: Policy) -> Alarm | None:
+    late = [one for one in await enforcement.waiting(policy) if one.late_since is not None]
+    if not late:
+        return None
+    systems = ", ".join(f"{one.system} ({_counted(one.late, 'account')})" for one in late)
+    message = (
+        f"Cancellations are not acknowledged in time by {systems}: messages may still be going out. "
+        "`sunset enforcement list --late` says for which accounts."
+    )
+    since = min(one.late_since for one in late if one.late_since is not None)
+    return Alarm(name=Name.ENFORCEMENT_LATE, message=message, since=since)
 
 
 def _counted(count: int, noun: str) -> str:

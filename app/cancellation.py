@@ -12,7 +12,19 @@ from uuid import UUID
 
 import structlog
 
-from app import accounts, assistance, db, errors, history, idempotency, lifecycle, limiting, offers, people
+from app import (
+    accounts,
+    assistance,
+    db,
+    enforcement,
+    errors,
+    history,
+    idempotency,
+    lifecycle,
+    limiting,
+    offers,
+    people,
+)
 from app.accounts import AccountView, RequestView
 from app.auth import Acting, Call, Installation, act_on
 from app.errors import Contact
@@ -482,6 +494,7 @@ async def _take_effect(
         now=now,
         new_epoch=True,
     )
+    await enforcement.ask(installation.policy, account.id, now)
     recipients = await people.with_billing_permission(account.id)
     confirmer = next((one for one in recipients if one.member_id == confirmed_by_id), None)
     if confirmer is None and (confirmer := await people.member(confirmed_by_id)) is not None:

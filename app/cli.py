@@ -57,10 +57,12 @@ service_commands = typer.Typer(help="Other systems of that company.", no_args_is
 deletions_commands = typer.Typer(help="What is to be deleted, and whether it may be.", no_args_is_help=True)
 deliveries_commands = typer.Typer(help="The emails that were promised, and what became of them.", no_args_is_help=True)
 webhooks_commands = typer.Typer(help="Who is told of events, and what became of them.", no_args_is_help=True)
+enforcement_commands = typer.Typer(help="Which systems have obeyed cancellations.", no_args_is_help=True)
 clock_commands = typer.Typer(help="The development clock.", no_args_is_help=True)
 app.add_typer(deletions_commands, name="deletions")
 app.add_typer(deliveries_commands, name="deliveries")
 app.add_typer(webhooks_commands, name="webhooks")
+app.add_typer(enforcement_commands, name="enforcement")
 app.add_typer(clock_commands, name="clock")
 app.add_typer(policy_commands, name="policy")
 app.add_typer(email_commands, name="emails")
@@ -963,6 +965,45 @@ def webhooks_redeliver(
         raise typer.BadParameter("say which: an ID, or --endpoint with --since")
 
 
+@enforcement_commands.command("list")
+def enforcement_list(
+    late: Annotated[bool, typer.Option("--late", help="Only what is late.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="CODE", help="Of this system.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 50,
+) -> None:
+    """List what is not acknowledged, by when it is due: account, its id, epoch, system, since when, due, late."""
+    from app import accounts, db, enforcement, ids
+    from app.main import installation
+
+    settings = _settings()
+    policy = installation(settings).policy
+
+    async def read() -> list[tuple[str, ...]]:
+        async with _database(settings):
+            now = await db.now()
+            found = await enforcement.page(
+                policy, {enforcement.Status.PENDING}, now=now, system=system, late=late or None, limit=limit + 1
+            )
+            about = await accounts.load_many([one.account_id for one in found])
+        return [
+            (
+                _printable(about[one.account_id].reference),
+                ids.encode(ids.Kind.ACCOUNT, one.account_id),
+                str(one.epoch),
+                _printable(one.system),
+                _minute(one.asked_at),
+                _minute(one.due_at),
+                "late" if one.is_late(policy, now) else "",
+            )
+            for one in found
+        ]
+
+    rows = _run(read())
+    _columns(rows[:limit])
+    if len(rows) > limit:
+        print(f"There are more: --limit {limit * 2}", file=sys.stderr)
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, for a monitoring system.")] = False,
@@ -1007,7 +1048,7 @@ def policy_check(file: Annotated[Path, typer.Argument(help="The TOML file.")]) -
     checked = policy.load(file)
     print(
         f"{file} can be used: {len(checked.plans)} plans, {len(checked.reasons)} feedback reasons, "
-        f"{len(checked.offers)} offers."
+        f"{len(checked.offers)} offers, {len(checked.enforcing_systems)} enforcing systems."
     )
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import asyncpg
 
-from app import alarms, db, errors, invariants, main
+from app import alarms, db, errors, invariants, main, provisioning
 from app.auth import Installation
 from app.db import Database, sqlite_path
 from app.db.migrate import pending, unknown
 from app.delivery.email import DeliveryError, mailer_from_settings
+from app.lifecycle import Scope
 from app.policy import PolicyError
 from app.settings import Settings, SettingsError
 
@@ -110,7 +111,7 @@ async def _inside(settings: Settings, shared: Installation | None, database: Dat
         return [_fail("schema", f"Run `sunset migrate`: {', '.join(missing)} is not applied.")]
     checks = [await _schema(database), await _clock(), await _offset(settings)]
     if shared is not None:
-        checks += [await _plans(shared), *await _alarms(shared)]
+        checks += [await _plans(shared), await _enforcing_systems(shared), *await _alarms(shared)]
     return [*checks, await _invariants()]
 
 
@@ -153,12 +154,29 @@ async def _plans(shared: Installation) -> Check:
     return _ok("plans", "the policy has every plan in use")
 
 
+async def _enforcing_systems(shared: Installation) -> Check:
+    speaking = {
+        service.name
+        for service in await provisioning.list_services()
+        if service.deactivated_at is None and Scope.ENFORCEMENT in service.scopes
+    }
+    named = [system.code for system in shared.policy.enforcing_systems]
+    if mute := [code for code in named if code not in speaking]:
+        return _warn(
+            "enforcing_systems",
+            f"The policy waits for {', '.join(mute)}, and no service may acknowledge: "
+            "`sunset service add NAME --scope enforcement`.",
+        )
+    return _ok("enforcing_systems", "each has its service" if named else "the policy names none")
+
+
 _QUIET: Mapping[alarms.Name, str] = {
     alarms.Name.DELETIONS_OVERDUE: "none",
     alarms.Name.DELETIONS_HALTED: "no",
     alarms.Name.TIMERS_OVERDUE: "nothing",
     alarms.Name.DEAD_LETTERS: "none",
     alarms.Name.MESSAGES_OVERDUE: "none",
+    alarms.Name.ENFORCEMENT_LATE: "none",
 }
 
 

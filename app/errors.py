@@ -117,6 +117,16 @@ class DeletionsNotHalted(Refusal):
     """There is nothing to approve: no breaker stops the deletions."""
 
 
+class EnforcementNotAwaited(Refusal):
+    """The account awaits no acknowledgement of that epoch from this system. Carries where the account is now: an
+    `epoch` that is greater means that the cancellation is over, and its own event tells what came after."""
+
+    def __init__(self, message: str, *, epoch: int, account_status: str) -> None:
+        super().__init__(message)
+        self.epoch = epoch
+        self.account_status = account_status
+
+
 class InvalidInput(Refusal):
     """A value is well-typed and not acceptable. `field` is its path in the input, in GraphQL's spelling."""
 

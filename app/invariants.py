@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from app import db
-from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks
+from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement
 from app.deletion import ERASED, OWN_SYSTEM, tombstone_reference
 from app.lifecycle import OPEN_REQUEST, AccountStatus, RequestStatus, TransitionType
 from app.messages import CATALOGUE
@@ -124,7 +124,7 @@ _ENDS: Mapping[RequestStatus, TransitionType] = {
 def _kept_by_the_database() -> Iterable[Rule]:
     """The conditions on single rows that the migrations have the database keep: here they are asked once more."""
     kept = [check for check in m0001_initial.CHECKS if check not in m0002_time.REPLACED]
-    kept += m0002_time.CHECKS + m0003_webhooks.CHECKS
+    kept += m0002_time.CHECKS + m0003_webhooks.CHECKS + m0004_enforcement.CHECKS
     for check in kept:
         if (check.table, check.name) == ("clock_offset", "one"):
             continue  # with two clocks, nothing here could ask for the time
@@ -413,10 +413,29 @@ _MESSAGE_RULES = (
     ),
 )
 
+_ENFORCEMENT_RULES = (
+    Rule(
+        name="enforcement_of_a_cancellation",
+        of="enforcement",
+        wrong="asks for an epoch, or since a time, with which no cancellation of its account took effect",
+        broken="SELECT e.id FROM enforcement e WHERE NOT EXISTS (SELECT 1 FROM transition t "
+        f"WHERE t.account_id = e.account_id AND t.type = '{TransitionType.CANCELED}' AND t.epoch = e.epoch "
+        "AND t.occurred_at = e.asked_at)",
+    ),
+    Rule(
+        name="enforcement_until_the_restart",
+        of="enforcement",
+        wrong="is waited for after its account was restarted, or was lifted without a restart",
+        broken="SELECT e.id FROM enforcement e JOIN account a ON a.id = e.account_id "
+        "WHERE (e.lifted_at IS NULL) <> (e.epoch = a.epoch)",
+    ),
+)
+
 RULES: Sequence[Rule] = (
     *_kept_by_the_database(),
     *_REQUEST_RULES,
     *_HISTORY_RULES,
     *_DELETION_RULES,
     *_MESSAGE_RULES,
+    *_ENFORCEMENT_RULES,
 )

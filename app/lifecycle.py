@@ -86,6 +86,7 @@ class Scope(StrEnum):
     GATE = "gate"
     DELETION = "deletion"
     WEBHOOKS = "webhooks"
+    ENFORCEMENT = "enforcement"
 
 
 class FeedbackReason(StrEnum):

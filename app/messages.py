@@ -38,6 +38,15 @@ class Link(LinkGrant):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LateSystem:
+    """A system that has not acknowledged a cancellation in time."""
+
+    code: str
+    name: str
+    due_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
 class Email:
     """What every email knows. `template` names its folder of templates and stays stable: stored rows refer to it."""
 
@@ -221,6 +230,19 @@ class DeletionsHalted(Email):
     allowed: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnforcementLate(Email):
+    template = "enforcement-late"
+    about = "To the operators: systems have not acknowledged a cancellation in time. Of each system once."
+
+    account_name: str
+    account_reference: str
+    canceled_at: datetime
+    epoch: int
+    systems: tuple[LateSystem, ...]
+    """All that are late, those that were told of before among them."""
+
+
 CATALOGUE: dict[str, type[Email]] = {
     email.template: email
     for email in (
@@ -240,6 +262,7 @@ CATALOGUE: dict[str, type[Email]] = {
         DeletionRescheduled,
         AccountDeleted,
         DeletionsHalted,
+        EnforcementLate,
     )
 }
 
@@ -260,8 +283,10 @@ def _pack(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, UUID):
         return str(value)
-    if isinstance(value, Contact | Link):
+    if isinstance(value, Contact | Link | LateSystem):
         return {field.name: _pack(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [_pack(one) for one in value]
     return value
 
 
@@ -274,6 +299,8 @@ def _unpack(kind: Any, value: Any) -> Any:
         kind = Link
         if value is None:
             return None
-    if kind in (Contact, Link):
+    if kind == tuple[LateSystem, ...]:
+        return tuple(_unpack(LateSystem, one) for one in value)
+    if kind in (Contact, Link, LateSystem):
         return kind(**{field.name: _unpack(field.type, value[field.name]) for field in fields(kind)})
     return value

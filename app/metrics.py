@@ -92,6 +92,12 @@ _timer_latency = Histogram(
     buckets=(0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 3600, 21600, 86400),
     registry=REGISTRY,
 )
+_enforcement_seconds = Histogram(
+    "sunset_enforcement_seconds",
+    "Seconds from a cancellation's effect until the last enforcing system has acknowledged it.",
+    buckets=(1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 21600, 86400),
+    registry=REGISTRY,
+)
 
 
 def answered(results: Sequence[tuple[str, str]], refusals: Iterable[tuple[str, str]], seconds: float) -> None:
@@ -140,6 +146,11 @@ def subscription_ended(reason: str) -> None:
 def timer_done(timer: str, late: timedelta) -> None:
     """What was due is done, that long after its time."""
     _timer_latency.labels(timer).observe(late.total_seconds())
+
+
+def enforced(after: timedelta) -> None:
+    """The last of an account's enforcing systems has acknowledged, that long after the cancellation took effect."""
+    _enforcement_seconds.observe(after.total_seconds())
 
 
 class _Together(Collector):

@@ -570,3 +570,37 @@ class WebhookDelivery(Model):
 
     class Meta:
         table = "webhook_delivery"
+
+
+class Enforcement(Model):
+    """What an enforcing system was asked by one cancellation, and when it said that it has obeyed. Without personal
+    data: it stays when the account's data goes. `app.enforcement` alone writes this table.
+
+    Kept by the database: (account, epoch, system) unique, and (account, system) among those that are not lifted;
+    due_at after asked_at; enforced_at and enforced_by_id together, not before asked_at nor after lifted_at; an
+    enforced_at is never changed; reported_at not before due_at; partial indexes where neither enforced_at nor lifted_at
+    is set.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    account: fields.ForeignKeyRelation[Account] = fields.ForeignKeyField(
+        "models.Account", on_delete=fields.RESTRICT, related_name="enforcements"
+    )
+    account_id: UUID
+    epoch = fields.IntField()
+    """The one that the cancellation began."""
+    system = fields.CharField(max_length=64)
+    """Its code in the policy, and the name of the service that it speaks as."""
+    asked_at = UtcDatetimeField()
+    """When the cancellation took effect."""
+    due_at = UtcDatetimeField()
+    enforced_at = UtcDatetimeField(null=True)
+    enforced_by_id = fields.UUIDField(null=True)
+    """The service."""
+    lifted_at = UtcDatetimeField(null=True)
+    """When a restart ended the cancellation: nothing is waited for any more."""
+    reported_at = UtcDatetimeField(null=True)
+    """When it was late and the operators were told, or there was nothing left to tell."""
+
+    class Meta:
+        table = "enforcement"

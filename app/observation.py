@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 from prometheus_client.core import GaugeMetricFamily
 
-from app import breaker, db, deletion, errors, outbox, timers
+from app import breaker, db, deletion, enforcement, errors, outbox, timers
 from app.auth import Installation
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -31,7 +31,13 @@ async def observe(installation: Installation) -> list[GaugeMetricFamily]:
 
 
 async def _read(installation: Installation) -> list[GaugeMetricFamily]:
-    return [*await _clock(), *await _outbox(), *await _timers(installation), *await _deletions(installation)]
+    return [
+        *await _clock(),
+        *await _outbox(),
+        *await _timers(installation),
+        *await _deletions(installation),
+        await _enforcement(installation),
+    ]
 
 
 def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
@@ -111,6 +117,18 @@ async def _deletions(installation: Installation) -> list[GaugeMetricFamily]:
         _gauge("sunset_deletions_due", "Deletions within 24 hours, as the breaker counts them.", stands.due),
         _gauge("sunset_deletions_allowed", "How many of them the breaker allows.", stands.allowed),
     ]
+
+
+async def _enforcement(installation: Installation) -> GaugeMetricFamily:
+    waiting = GaugeMetricFamily(
+        "sunset_enforcements",
+        "Acknowledgements of cancellations that are waited for, by system of the policy: pending, or late.",
+        labels=["system", "state"],
+    )
+    for one in await enforcement.waiting(installation.policy):
+        waiting.add_metric([one.system, "pending"], one.pending)
+        waiting.add_metric([one.system, "late"], one.late)
+    return waiting
 
 
 def _since(moment: datetime | None, now: datetime) -> float:

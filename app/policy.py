@@ -1,4 +1,5 @@
-"""What is promised: plans, channels, windows, reminders, reasons and offers, read from a TOML file and checked.
+"""What is promised: plans, channels, windows, reminders, reasons, offers, and who enforces it, read from a TOML file
+and checked.
 
 Pure: the standard library, `app.lifecycle`'s vocabulary, and the file that it is given. Every text that names a
 number of days derives it from here. `policy.toml` beside this module is the shipped default and the format's
@@ -19,6 +20,9 @@ from app.lifecycle import CancellationTiming, Channel, FeedbackReason, OfferKind
 DEFAULT_FILE = Path(__file__).with_name("policy.toml")
 
 _MAX_HOURS = 24 * 366 * 10
+_MAX_ENFORCEMENT_MINUTES = 24 * 60
+"""As short as the shortest retention: who has not obeyed is known before anything is deleted."""
+
 E_ = TypeVar("E_", bound=StrEnum)
 T = TypeVar("T")
 
@@ -60,6 +64,16 @@ class OfferTemplate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnforcingSystem:
+    """A system that acknowledges each cancellation. `code` is the name of the service that it speaks as."""
+
+    code: str
+    name: str
+    within: timedelta
+    """How long after a cancellation takes effect its acknowledgement is late."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     billing_team: Contact
     customer_success: Contact
@@ -75,6 +89,7 @@ class Policy:
     plans: Mapping[str, Plan]
     reasons: tuple[Reason, ...]
     offers: tuple[OfferTemplate, ...]
+    enforcing_systems: tuple[EnforcingSystem, ...]
 
     def plan(self, code: str) -> Plan:
         """The plan of that code. Raises KeyError; `missing_plans` keeps accounts from naming one that is not here."""
@@ -215,6 +230,16 @@ def _offer(table: _Table, plans: Mapping[str, Plan]) -> OfferTemplate:
     )
 
 
+def _enforcing_system(table: _Table) -> EnforcingSystem:
+    return table.done(
+        EnforcingSystem(
+            code=table.text("code", 64),
+            name=table.text("name"),
+            within=timedelta(minutes=table.whole("within_minutes", 1, _MAX_ENFORCEMENT_MINUTES)),
+        )
+    )
+
+
 def _unique(table: _Table, key: str, values: list[T], code: Callable[[T], str]) -> list[T]:
     seen: set[str] = set()
     for value in values:
@@ -236,6 +261,12 @@ def _read(root: _Table) -> Policy:
     reasons = _unique(root, "reasons", [_reason(table) for table in root.tables("reasons")], lambda reason: reason.code)
     offers = _unique(
         root, "offers", [_offer(table, by_code) for table in root.tables("offers")], lambda offer: offer.code
+    )
+    systems = _unique(
+        root,
+        "enforcing_systems",
+        [_enforcing_system(table) for table in root.tables("enforcing_systems")],
+        lambda system: system.code,
     )
     days = deletion.items("reminder_days")
     shortest = min(plan.retention for plan in plans)
@@ -265,6 +296,7 @@ def _read(root: _Table) -> Policy:
         plans=by_code,
         reasons=tuple(reasons),
         offers=tuple(offers),
+        enforcing_systems=tuple(systems),
     )
     for table in (contacts, confirmation, assistance, deletion, root):
         table.done(policy)

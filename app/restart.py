@@ -3,7 +3,7 @@
 from typing import Any
 from uuid import UUID
 
-from app import accounts, db, errors, history, idempotency, lifecycle, limiting, outbox, people
+from app import accounts, db, enforcement, errors, history, idempotency, lifecycle, limiting, outbox, people
 from app.accounts import AccountView
 from app.auth import Acting, Call, Installation, act_on
 from app.errors import Contact
@@ -59,6 +59,7 @@ async def _restart(installation: Installation, acting: Acting) -> dict[str, Any]
         now=now,
         new_epoch=True,
     )
+    await enforcement.lift(account.id, now)
     await people.write(
         await people.with_billing_permission(account.id),
         lambda recipient: AccountRestarted(

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import structlog
 
-from app import assistance, cancellation, db, deletion, errors
+from app import assistance, cancellation, db, deletion, enforcement, errors
 from app.auth import Installation
 from app.deletion import Forget
 from app.policy import Policy
@@ -97,7 +97,14 @@ ERASE = Timer(
     column="due_at",
     condition=f"completed_at IS NULL AND system = '{deletion.OWN_SYSTEM}'",
 )
-TIMERS = (EXPIRE, TAKE_EFFECT, REMIND_CSM, ESCALATE, REMIND_DELETION, BEGIN_DELETION, ERASE)
+REPORT_ENFORCEMENT = Timer(
+    name="report_enforcement",
+    table="enforcement",
+    account="account_id",
+    column="due_at",
+    condition="enforced_at IS NULL AND lifted_at IS NULL AND reported_at IS NULL",
+)
+TIMERS = (EXPIRE, TAKE_EFFECT, REMIND_CSM, ESCALATE, REPORT_ENFORCEMENT, REMIND_DELETION, BEGIN_DELETION, ERASE)
 
 Done = Callable[[str, timedelta], None]
 """Told of each row that was moved: the timer's name, and how long after its time."""
@@ -117,6 +124,7 @@ class Timers:
             TAKE_EFFECT.name: self._each(TAKE_EFFECT, cancellation.take_effect),
             REMIND_CSM.name: self._each(REMIND_CSM, assistance.remind),
             ESCALATE.name: self._each(ESCALATE, assistance.escalate),
+            REPORT_ENFORCEMENT.name: self._each(REPORT_ENFORCEMENT, enforcement.report),
             REMIND_DELETION.name: self._each(REMIND_DELETION, deletion.remind),
             BEGIN_DELETION.name: self._together(BEGIN_DELETION, deletion.begin),
             ERASE.name: self._each(ERASE, lambda shared, account_id: deletion.erase(shared, forget, account_id)),

@@ -188,12 +188,31 @@ def samples(policy: Policy) -> list[tuple[messages.Email, Contact]]:
             ),
             policy.operators,
         ),
+        (
+            messages.EnforcementLate(
+                account_name="Acme",
+                account_reference="acme",
+                canceled_at=_NOW,
+                epoch=1,
+                systems=_late(policy),
+            ),
+            policy.operators,
+        ),
     ]
 
 
 def _plan(policy: Policy, code: str) -> Plan:
     """The plan of that code, or the first of a policy that has other plans."""
     return policy.plans.get(code) or next(iter(policy.plans.values()))
+
+
+def _late(policy: Policy) -> tuple[messages.LateSystem, ...]:
+    """The policy's first two enforcing systems, or one of a policy that has none."""
+    found = tuple(
+        messages.LateSystem(code=system.code, name=system.name, due_at=_NOW + system.within)
+        for system in policy.enforcing_systems[:2]
+    )
+    return found or (messages.LateSystem(code="mailer", name="Mail delivery", due_at=_NOW + timedelta(minutes=10)),)
 
 
 def _link(purpose: LinkPurpose, to: Contact, expires_at: datetime) -> messages.Link:

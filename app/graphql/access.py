@@ -23,6 +23,7 @@ class Access(StrEnum):
     WEBHOOK_MANAGERS = "the billing team, and services with the scope `webhooks`"
     PROVISION = "services with the scope `provision`"
     WATCHERS = "members of the account, staff, and services with the scope `gate`"
+    ENFORCEMENT = "services with the scope `enforcement` that the policy names"
     RESTART_LINK = "bearers of the link in a cancellation email"
 
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import strawberry
 from strawberry.dataloader import DataLoader
 
-from app import accounts, deletion, history
+from app import accounts, deletion, enforcement, history
 from app.accounts import FeedbackView, MemberView, OfferView, Person, RequestView
 from app.auth import Call, require_known
 from app.history import TransitionView
@@ -76,6 +76,10 @@ class Context:
     @cached_property
     def deletions(self) -> DataLoader[UUID, deletion.Details]:
         return _by_id(deletion.details)
+
+    @cached_property
+    def enforcement(self) -> DataLoader[UUID, list[enforcement.EnforcementView]]:
+        return _by_id(enforcement.of)
 
     @cached_property
     def requests(self) -> DataLoader[Slice, list[RequestView]]:

@@ -8,7 +8,7 @@ from enum import Enum, StrEnum
 
 import strawberry
 
-from app import accounts, breaker, deletion, lifecycle, outbox, webhooks
+from app import accounts, breaker, deletion, enforcement, lifecycle, outbox, webhooks
 
 
 class SortDirection(StrEnum):
@@ -109,6 +109,7 @@ describe_enum(
         lifecycle.Scope.GATE: "Ask whether an account may send and its members may sign in.",
         lifecycle.Scope.DELETION: "Take part in deletions.",
         lifecycle.Scope.WEBHOOKS: "Manage the webhook endpoints, and see what was delivered to them.",
+        lifecycle.Scope.ENFORCEMENT: "Acknowledge cancellations, for the enforcing system of the service's name.",
     },
 )
 describe_enum(
@@ -262,5 +263,14 @@ describe_enum(
         webhooks.State.PENDING: "It is due, under way, or waits for its next try.",
         webhooks.State.DELIVERED: "The receiver has accepted it.",
         webhooks.State.DEAD: "It could not be delivered in three days, or the receiver is gone: a dead letter.",
+    },
+)
+describe_enum(
+    enforcement.Status,
+    "EnforcementStatus",
+    "Whether an enforcing system has obeyed a cancellation.",
+    {
+        enforcement.Status.PENDING: "It has not said so.",
+        enforcement.Status.ENFORCED: "It has acknowledged the cancellation.",
     },
 )

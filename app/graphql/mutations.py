@@ -14,6 +14,7 @@ from app import (
     clock,
     deletion,
     endpoints,
+    enforcement,
     feedback,
     offers,
     provisioning,
@@ -33,6 +34,7 @@ from app.graphql.refusals import (
     ConfirmationExpiredError,
     ConfirmationTokenInvalidError,
     DeletionsNotHaltedError,
+    EnforcementNotAwaitedError,
     IdempotencyConflictError,
     InvalidInputError,
     NotFoundError,
@@ -47,6 +49,7 @@ from app.graphql.types import (
     CancellationRequest,
     Contact,
     DeletionBreaker,
+    Enforcement,
     Feedback,
     Offer,
     Perspective,
@@ -497,6 +500,25 @@ def _item(given: AccountSyncInput) -> AccountItem:
     )
 
 
+# ------------------------------------------------------------------------------------------ acknowledgeEnforcement
+
+
+@strawberry.input(description="Says that the caller's system has obeyed a cancellation.")
+class AcknowledgeEnforcementInput:
+    account_id: strawberry.ID = describe("The account: `accountId` of the event `account.canceled`.")
+    epoch: int = describe("Which of its cancellations: `epoch` of that event.")
+
+
+@strawberry.type(description="It is known. Repeating it changes nothing.")
+class AcknowledgeEnforcementSuccess:
+    enforcement: Enforcement = describe("What the cancellation asked of the system, with when it was acknowledged.")
+
+
+AcknowledgeEnforcementResult = Annotated[
+    AcknowledgeEnforcementSuccess | NotFoundError | PermissionDeniedError | EnforcementNotAwaitedError,
+    strawberry.union("AcknowledgeEnforcementResult", description="What came of `acknowledgeEnforcement`."),
+]
+
 # -------------------------------------------------------------------------------------------------- webhook endpoints
 
 _TYPES = "Only events of these types, as `eventTypes` names them; empty: all."
@@ -813,6 +835,20 @@ class Mutation:
                 for one in results
             ]
         )
+
+    @root(
+        Access.ENFORCEMENT,
+        "Say that the system whose service calls has obeyed a cancellation: it sends nothing for the account and lets "
+        "none of its members in. Repeatable; the first time stays.",
+    )
+    async def acknowledge_enforcement(
+        self, info: Info, input: AcknowledgeEnforcementInput
+    ) -> AcknowledgeEnforcementResult | None:
+        caller, policy = await auth.require_scope(info.context.call, Scope.ENFORCEMENT), info.context.policy
+        assert caller.service is not None
+        account_id = nodes.decode_as(Kind.ACCOUNT, input.account_id)
+        view = await enforcement.acknowledge(policy, caller.service, account_id, input.epoch)
+        return AcknowledgeEnforcementSuccess(enforcement=Enforcement.of(view, Perspective.of(caller, policy)))
 
     @root(Access.WEBHOOK_MANAGERS, "Add an endpoint, which is told of what happens from now on.")
     async def create_webhook_endpoint(

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import strawberry
 
-from app import accounts, auth, breaker, deletion, errors, outbox, webhooks
+from app import accounts, auth, breaker, deletion, enforcement, errors, outbox, webhooks
 from app.accounts import AccountFilter, AccountSort, RequestFilter
 from app.auth import Caller
 from app.graphql import nodes
@@ -23,6 +23,7 @@ from app.graphql.types import (
     Connection,
     DeletionBreaker,
     Delivery,
+    Enforcement,
     Feedback,
     FeedbackReasonLabel,
     First,
@@ -65,6 +66,7 @@ _SORT_ATTRIBUTE = {
     AccountSort.DELETION_SCHEDULED_FOR: "deletion_scheduled_for",
 }
 _DELETIONS = Keyset(name="deletions:restartable_until", types=(datetime, UUID))
+_ENFORCEMENTS = Keyset(name="enforcements:due", types=(datetime, UUID))
 _DELIVERIES = Keyset(name="deliveries:created:desc", types=(datetime, UUID))
 _ENDPOINTS = Keyset(name="webhook_endpoints:created", types=(datetime, UUID))
 _WEBHOOK_DELIVERIES = Keyset(name="webhook_deliveries:created:desc", types=(datetime, UUID))
@@ -160,6 +162,15 @@ class CancellationRequestFilterInput:
 class DeliveryFilterInput:
     states: list[outbox.State] | None = strawberry.field(default=None, description="In one of these states.")
     account_id: strawberry.ID | None = strawberry.field(default=None, description="About this account.")
+
+
+@strawberry.input(description="Which systems' enforcement. Every field that is given narrows the list.")
+class EnforcementFilterInput:
+    statuses: list[enforcement.Status] | None = strawberry.field(
+        default=None, description="In one of these statuses; left out: PENDING."
+    )
+    late: bool | None = strawberry.field(default=None, description="Whether it is late.")
+    system: str | None = strawberry.field(default=None, description="Of the system with this code.")
 
 
 @strawberry.input(description="Which deliveries of events. Every field that is given narrows the list.")
@@ -307,6 +318,35 @@ class Query:
     async def deletion_breaker(self, info: Info) -> DeletionBreaker | None:
         await auth.require_staff(info.context.call)
         return DeletionBreaker.of(await breaker.read(info.context.policy, exact=True))
+
+    @root(Access.STAFF, "What canceled accounts wait for systems to acknowledge, by when it is due: who has obeyed.")
+    async def enforcements(
+        self,
+        info: Info,
+        filter: Annotated[EnforcementFilterInput | None, strawberry.argument(description="Which.")] = None,
+        first: First = None,
+        after: After = None,
+    ) -> Connection[Enforcement] | None:
+        caller = await auth.require_staff(info.context.call)
+        size, position = nodes.page_size(first), _ENFORCEMENTS.position(after)
+        given = filter or EnforcementFilterInput()
+        views = await enforcement.page(
+            info.context.policy,
+            {enforcement.Status.PENDING} if given.statuses is None else given.statuses,
+            now=caller.now,
+            system=given.system,
+            late=given.late,
+            after=position,
+            limit=size + 1,
+        )
+        eye = Perspective.of(caller, info.context.policy)
+        return connection(
+            views,
+            size,
+            after,
+            lambda view: _ENFORCEMENTS.cursor(view.due_at, view.id),
+            lambda view: Enforcement.of(view, eye),
+        )
 
     @root(Access.STAFF, "Emails that were promised, newest first, with what became of each: dead letters, for example.")
     async def deliveries(

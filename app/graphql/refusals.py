@@ -10,6 +10,7 @@ from strawberry.types.field import StrawberryField
 from app import accounts, auth, errors
 from app.graphql.context import Info
 from app.graphql.types import Account, CancellationRequest, Contact, Perspective, describe, refusal_name
+from app.lifecycle import AccountStatus
 
 R = TypeVar("R", bound=errors.Refusal)
 
@@ -80,6 +81,12 @@ class DeletionsNotHaltedError(UserError):
     pass
 
 
+@strawberry.type(description="That is not the epoch of a cancellation that awaits this system.")
+class EnforcementNotAwaitedError(UserError):
+    epoch: int = describe("The account's now. Greater than the one given: that cancellation is over, drop it.")
+    account_status: AccountStatus = describe("The account's status now.")
+
+
 @strawberry.type(description="A value has the right type and cannot be used.")
 class InvalidInputError(UserError):
     field: str = describe("Its path in the input.")
@@ -136,6 +143,10 @@ async def _csm(refusal: errors.AssistedPlan, info: Info) -> dict[str, Any]:
     return {"customer_success_manager": Contact.of(refusal.contact)}
 
 
+async def _not_awaited(refusal: errors.EnforcementNotAwaited, info: Info) -> dict[str, Any]:
+    return {"epoch": refusal.epoch, "account_status": AccountStatus(refusal.account_status)}
+
+
 HANDLERS = (
     _handler(errors.NotFound, NotFoundError),
     _handler(errors.PermissionDenied, PermissionDeniedError),
@@ -149,6 +160,7 @@ HANDLERS = (
     _handler(errors.OfferUnavailable, OfferUnavailableError, _plain("available_again_at")),
     _handler(errors.RestartWindowClosed, RestartWindowClosedError, _plain("closed_at", "contact")),
     _handler(errors.DeletionsNotHalted, DeletionsNotHaltedError),
+    _handler(errors.EnforcementNotAwaited, EnforcementNotAwaitedError, _not_awaited),
     _handler(errors.InvalidInput, InvalidInputError, _plain("field")),
     _handler(errors.IdempotencyConflict, IdempotencyConflictError),
 )

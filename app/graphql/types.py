@@ -13,7 +13,7 @@ from uuid import UUID
 import orjson
 import strawberry
 
-from app import breaker, deletion, errors, events, lifecycle, offers, outbox, webhooks
+from app import breaker, deletion, enforcement, errors, events, lifecycle, offers, outbox, webhooks
 from app import policy as policies
 from app.accounts import AccountView, FeedbackView, MemberView, OfferView, Person, RequestView
 from app.auth import Caller
@@ -532,6 +532,42 @@ class DeletionBreaker:
         return ActorRef.of(ActorKind.STAFF, await info.context.people.load(self._view.first_approved_by_id))
 
 
+@strawberry.type(description="What a cancellation asks of one system that the policy names, and whether it has obeyed.")
+class Enforcement:
+    _view: strawberry.Private[enforcement.EnforcementView]
+    _eye: strawberry.Private[Perspective]
+    system: str = describe("The system's code in the policy, and the name of the service that acknowledges for it.")
+    name: str = describe("The system's name; its code when the policy does not name it any more.")
+    epoch: int = describe("The account's epoch that the cancellation began: what is acknowledged.")
+    status: enforcement.Status = describe("Whether it has obeyed.")
+    asked_at: datetime = describe("When the cancellation took effect.")
+    due_at: datetime = describe("From when on it is late.")
+    enforced_at: datetime | None = describe("When it acknowledged; null while PENDING.")
+    is_late: bool = describe("Whether it is PENDING and due, and the policy names the system still. An alarm.")
+
+    @staticmethod
+    def of(view: enforcement.EnforcementView, eye: Perspective) -> "Enforcement":
+        return Enforcement(
+            _view=view,
+            _eye=eye,
+            system=view.system,
+            name=enforcement.name_of(view.system, eye.policy),
+            epoch=view.epoch,
+            status=view.status,
+            asked_at=view.asked_at,
+            due_at=view.due_at,
+            enforced_at=view.enforced_at,
+            is_late=view.is_late(eye.policy, eye.now),
+        )
+
+    @strawberry.field(description="The canceled account; null for services, which read no accounts.")
+    async def account(self, info: Info) -> "Account | None":
+        if not self._eye.sees_billing:
+            return None
+        view = await info.context.accounts.load(self._view.account_id)
+        return None if view is None else Account.of(view, self._eye.toward(view))
+
+
 @strawberry.type(description="A customer's account: a company's workspace, never one person.")
 class Account(Node):
     _view: strawberry.Private[AccountView]
@@ -586,6 +622,14 @@ class Account(Node):
     def deletion(self) -> Deletion | None:
         self._eye.require_billing()
         return Deletion.of(self._view, self._eye.now)
+
+    @strawberry.field(
+        description="Which of the policy's systems have obeyed the cancellation that stands, by code; empty while "
+        "the account is not canceled. Needs the billing permission."
+    )
+    async def enforcement(self, info: Info) -> list[Enforcement] | None:
+        self._eye.require_billing()
+        return [Enforcement.of(view, self._eye) for view in await info.context.enforcement.load(self._view.id)]
 
     @strawberry.field(description="What the caller can do about its cancellation now, and why not where they cannot.")
     def allowed_actions(self) -> list[ActionAvailability]:

@@ -20,8 +20,9 @@ from app.models import RateLimit
 from tests.cast import ALICE, BILLING, BOB, CAROL, GINA, HOST, SUPPORT, Stage, subject
 
 MINUTE = timedelta(minutes=1)
-UNLIMITED_MUTATIONS = {"syncAccounts", "advanceClock"}
-"""The host's provisioning, which has to keep up with the host; and the clock of development."""
+UNLIMITED_MUTATIONS = {"syncAccounts", "acknowledgeEnforcement", "advanceClock"}
+"""The host's provisioning, which has to keep up with the host; acknowledgements, which have to keep up with a wave of
+cancellations; and the clock of development."""
 
 GRAPHQL_JSON = "application/graphql-response+json"
 WITHDRAW = "withdrawCancellation(input: {accountId: $id}) { __typename }"

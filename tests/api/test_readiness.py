@@ -134,11 +134,11 @@ async def test_a_message_that_no_worker_takes_for_a_quarter_of_an_hour_is_told(h
 
 
 async def test_a_schema_that_is_not_migrated_is_not_ready(house: Stage) -> None:
-    await db.execute("DELETE FROM tortoise_migrations WHERE name = 'm0003_webhooks'")
+    await db.execute("DELETE FROM tortoise_migrations WHERE name = 'm0004_enforcement'")
     status, told = await deep(house)
     assert (status, told) == (
         503,
-        {"status": "unavailable", "database": "not migrated", "migrations": ["m0003_webhooks"]},
+        {"status": "unavailable", "database": "not migrated", "migrations": ["m0004_enforcement"]},
     )
 
 

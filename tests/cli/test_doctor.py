@@ -25,6 +25,7 @@ CHECKS = [
     "clock",
     "clock_offset",
     "plans",
+    "enforcing_systems",
     *alarms.Name,
     "invariants",
 ]

@@ -11,7 +11,7 @@ from tortoise.utils import generate_schema_for_client
 
 from app import db
 from app.db import Database, IntegrityError, sqlite_path
-from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks
+from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement
 from app.lifecycle import TransitionType
 from tests.postgres import PostgresServer
 
@@ -29,6 +29,7 @@ STAFF, SERVICE, MEMBER, REQUEST, OFFER, FEEDBACK, TRANSITION, MESSAGE, RECORD = 
 ACTIVE, SCHEDULED, CANCELED, HELD, DELETING, DELETED, EMPTY, REMINDED = (key(number) for number in range(11, 19))
 CLOSED, EFFECTIVE, CONFIRMED = (key(number) for number in range(21, 24))
 HOLD, REMINDER, STEP, APPROVED, HALTED, TOMBSTONE, ENDPOINT, DELIVERY = (key(number) for number in range(41, 49))
+PENDING, ENFORCED = key(71), key(72)
 NEW = key(99)
 
 CANCELED_DATES = f"canceled_at = {day(1)}, restartable_until = {day(61)}, deletion_scheduled_for = {day(61)}"
@@ -206,6 +207,18 @@ def delivery(**columns: object) -> str:
     )
 
 
+def enforcement(**columns: object) -> str:
+    return insert(
+        "enforcement",
+        **{"id": NEW, "account_id": CANCELED, "epoch": 1, "system": "'new'", "asked_at": day(1), "due_at": day(2)}
+        | columns,
+    )
+
+
+def change_enforcement(columns: str, one: str) -> str:
+    return f"UPDATE enforcement SET {columns} WHERE id = {one}"
+
+
 def change_request(columns: str, one: str = REQUEST) -> str:
     return f"UPDATE cancellation_request SET {columns} WHERE id = {one}"
 
@@ -272,6 +285,9 @@ WORLD = [
     endpoint(id=ENDPOINT),
     delivery(id=DELIVERY, sequence=1, delivered_at=day(1)),
     delivery(id=key(53), account_id="NULL", sequence="NULL", epoch="NULL"),
+    enforcement(id=PENDING, system="'mailer'"),
+    enforcement(id=ENFORCED, system="'login'", enforced_at=day(3), enforced_by_id=SERVICE),
+    enforcement(id=key(73), account_id=ACTIVE, system="'mailer'", lifted_at=day(4), reported_at=day(2)),
 ]
 """Statements that every one of which keeps the rules; the tests below begin after them."""
 
@@ -432,9 +448,24 @@ ATTEMPTS = [
         for one in ("delivered_at", "dead_at")
     ),
     Attempt("webhook_delivery_once", delivery(sequence=1)),
+    Attempt("enforcement_epoch", enforcement(epoch=0)),
+    Attempt("enforcement_due_after_asked", enforcement(due_at=day(1))),
+    Attempt("enforcement_enforced_by", enforcement(enforced_at=day(2))),
+    Attempt("enforcement_enforced_by", enforcement(enforced_by_id=SERVICE)),
+    Attempt("enforcement_enforced_after_asked", enforcement(enforced_at=day(0), enforced_by_id=SERVICE)),
+    Attempt("enforcement_lifted_after_asked", enforcement(lifted_at=day(0))),
+    Attempt(
+        "enforcement_enforced_before_lifted",
+        enforcement(enforced_at=day(3), enforced_by_id=SERVICE, lifted_at=day(2)),
+    ),
+    Attempt("enforcement_reported_when_late", enforcement(reported_at=day(1))),
+    Attempt("enforcement_once", enforcement(system="'mailer'", lifted_at=day(2))),
+    Attempt("enforcement_current", enforcement(system="'mailer'", epoch=3)),
+    Attempt("enforcement_stays", change_enforcement(f"enforced_at = {day(4)}", ENFORCED)),
+    Attempt("enforcement_stays", change_enforcement("enforced_at = NULL, enforced_by_id = NULL", ENFORCED)),
 ]
 
-MIGRATIONS = (m0001_initial, m0002_time, m0003_webhooks)
+MIGRATIONS = (m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement)
 
 UNIQUE_INDEXES = {
     line.split()[3]: line.split()[5]
@@ -512,6 +543,10 @@ async def test_allowed_ways_stay_open(world: Database) -> None:
             "DELETE FROM rate_limit",
             f"UPDATE webhook_delivery SET delivered_at = NULL, lease = {key(1)} WHERE id = {DELIVERY}",
             f"UPDATE webhook_delivery SET lease = NULL, dead_at = {day(2)} WHERE id = {DELIVERY}",
+            change_enforcement(f"reported_at = {day(2)}", PENDING),
+            change_enforcement(f"enforced_at = {day(3)}, enforced_by_id = {SERVICE}", PENDING),
+            f"UPDATE enforcement SET lifted_at = {day(3)} WHERE account_id = {CANCELED}",
+            enforcement(system="'mailer'", epoch=3),
         ):
             assert await db.execute(statement) >= 1
 

@@ -97,6 +97,13 @@ def told(value: object, name: str) -> Iterator[str]:
         case Contact():
             yield value.name
             yield value.email
+        case messages.LateSystem():
+            yield value.code
+            yield value.name
+            yield moment(value.due_at)
+        case tuple():
+            for one in value:
+                yield from told(one, name)
         case str():
             yield from value.splitlines()
         case _:
@@ -238,6 +245,10 @@ def spoiled(value: object, hostile: Callable[[str], str]) -> object:
             return hostile(value)
         case Contact():
             return Contact(name=hostile(value.name), email=value.email)
+        case messages.LateSystem():
+            return replace(value, code=hostile(value.code), name=hostile(value.name))
+        case tuple():
+            return tuple(spoiled(one, hostile) for one in value)
         case _:
             return value
 
