@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +27,7 @@ from app.graphql.documents import MAX_ERRORS
 from app.graphql.schema import SCHEMA
 from app.settings import Settings
 from tests.cast import stage
+from tests.rules.test_policy import WITH_ITS_EXAMPLE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -119,7 +121,8 @@ def test_every_key_of_the_policy_is_explained() -> None:
         else:
             yield path
 
-    document = tomllib.loads(policy.DEFAULT_FILE.read_text(encoding="utf-8"))
+    document = tomllib.loads(WITH_ITS_EXAMPLE)
+    assert "enforcing_systems" in document
     assert {key for key in keys("", document) if f"`{key}`" not in README} == set()
 
 
@@ -177,6 +180,22 @@ def _environ(**settings: str) -> dict[str, str]:
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     """A folder in which `scripts/sunset` and `./var` are as the README has them, and the port of `sunset serve`."""
+    with _serving(tmp_path) as serving:
+        yield serving
+
+
+@pytest.fixture
+def served_with_systems(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """The same with the default policy and the systems that the README adds to it."""
+    [systems] = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    own = tmp_path / "policy.toml"
+    own.write_text(policy.DEFAULT_FILE.read_text(encoding="utf-8") + systems, encoding="utf-8")
+    with _serving(tmp_path, SUNSET_POLICY_FILE=str(own)) as serving:
+        yield serving
+
+
+@contextmanager
+def _serving(tmp_path: Path, **settings: str) -> Iterator[tuple[Path, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -185,7 +204,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     command = scripts / "sunset"
     command.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m app.cli "$@"\n', encoding="utf-8")
     command.chmod(0o755)
-    environ = _environ(SUNSET_PORT=str(port), SUNSET_LOG_FORMAT="json")
+    environ = _environ(SUNSET_PORT=str(port), SUNSET_LOG_FORMAT="json", **settings)
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             [command, "serve"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=log, text=True
@@ -217,10 +236,13 @@ def _shape(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()  # a time's length decides where an email's lines break
 
 
-@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("bash")), reason="the story is told with curl and bash")
-def test_the_story_goes_as_it_is_told(served: tuple[Path, int]) -> None:
+def _chapter(heading: str, until: str) -> str:
+    return README.partition(f"\n{heading}\n")[2].partition(f"\n{until}\n")[0]
+
+
+def _goes_as_it_is_told(chapter: str, served: tuple[Path, int]) -> None:
+    """Its commands, run one after the other, print what stands below each."""
     folder, port = served
-    chapter = README.partition("## The story\n")[2].partition("\n## States\n")[0]
     blocks = re.findall(r"```(sh|json|text)\n(.*?)```", chapter, re.DOTALL)
     told, script = [], "set -eu\n"
     for language, block in blocks:
@@ -238,5 +260,22 @@ def test_the_story_goes_as_it_is_told(served: tuple[Path, int]) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     heard = done.stdout.split("@@@@\n")[:-1]
-    assert len([one for one in told if one]) > 8
+    assert len([one for one in told if one]) > 3
     assert [_shape(one) for one in heard] == [_shape(one) for one in told]
+
+
+told_with_curl = pytest.mark.skipif(
+    not (shutil.which("curl") and shutil.which("bash")), reason="the story is told with curl and bash"
+)
+
+
+@told_with_curl
+def test_the_story_goes_as_it_is_told(served: tuple[Path, int]) -> None:
+    _goes_as_it_is_told(_chapter("## The story", "## States"), served)
+
+
+@told_with_curl
+def test_a_system_says_that_it_has_obeyed_as_it_is_told(served_with_systems: tuple[Path, int]) -> None:
+    """Of the account that the story has canceled by then."""
+    beginning = _chapter("## The story", "### The billing team restarts the account")
+    _goes_as_it_is_told(beginning + _chapter("## Who has obeyed", "## Accounts come in"), served_with_systems)

@@ -10,6 +10,9 @@ from app.lifecycle import CancellationTiming, Channel, FeedbackReason
 from app.policy import DEFAULT_FILE, PolicyError
 
 DEFAULT = DEFAULT_FILE.read_text(encoding="utf-8")
+_BEFORE, _MARK, _EXAMPLE = DEFAULT.partition("# [[enforcing_systems]]\n")
+WITH_ITS_EXAMPLE = _BEFORE + (_MARK + _EXAMPLE).replace("# ", "", 4)
+"""The default, with the example that ends it no comment any more."""
 
 
 class TestTheDefault:
@@ -35,12 +38,46 @@ class TestTheDefault:
     def test_knows_which_plans_it_lacks(self) -> None:
         assert policy.load().missing_plans(["startup", "platinum", "gold", "gold"]) == ["gold", "platinum"]
 
+    def test_waits_for_no_system(self) -> None:
+        """Nobody has set one up yet; without, nothing is late."""
+        assert policy.load().enforcing_systems == ()
 
-def changed(tmp_path: Path, old: str, new: str) -> Path:
-    assert old in DEFAULT
+
+def changed(tmp_path: Path, old: str, new: str, *, of: str = DEFAULT) -> Path:
+    assert old in of
     file = tmp_path / "policy.toml"
-    file.write_text(DEFAULT.replace(old, new, 1), encoding="utf-8")
+    file.write_text(of.replace(old, new, 1), encoding="utf-8")
     return file
+
+
+def test_the_example_of_an_enforcing_system_is_one(tmp_path: Path) -> None:
+    (system,) = policy.load(changed(tmp_path, "", "", of=WITH_ITS_EXAMPLE)).enforcing_systems
+    assert (system.code, system.name, system.within) == ("mailer", "Mail delivery", timedelta(minutes=10))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "reason"),
+    [
+        ("within_minutes = 10", "within_minutes = 0", "enforcing_systems[0].within_minutes", "must be from 1 to 1440"),
+        ("within_minutes = 10", "within_minutes = 1441", "enforcing_systems[0].within_minutes", "must be from 1"),
+        ("within_minutes = 10", "within_hours = 1", "enforcing_systems[0].within_minutes", "is missing"),
+        ("within_minutes = 10", "within_minutes = 10\nurl = ''", "enforcing_systems[0].url", "is not a key"),
+        ('code = "mailer"', 'code = ""', "enforcing_systems[0].code", "must be one line of 1 to 64 characters"),
+        ('name = "Mail delivery"', "", "enforcing_systems[0].name", "is missing"),
+        ("[[enforcing_systems]]", "[enforcing_systems]", "enforcing_systems", "must be written as [["),
+        (
+            "[[enforcing_systems]]",
+            "[[enforcing_systems]]\ncode = 'mailer'\nname = 'The old one'\nwithin_minutes = 1\n[[enforcing_systems]]",
+            "enforcing_systems",
+            "the code 'mailer' stands twice",
+        ),
+    ],
+)
+def test_a_mistake_in_an_enforcing_system_is_named(tmp_path: Path, old: str, new: str, key: str, reason: str) -> None:
+    file = changed(tmp_path, old, new, of=WITH_ITS_EXAMPLE)
+    with pytest.raises(PolicyError) as refused:
+        policy.load(file)
+    assert str(refused.value).startswith(f"{file}: {key}: {reason}")
 
 
 MISTAKES = [
