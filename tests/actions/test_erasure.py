@@ -23,9 +23,10 @@ from app.lifecycle import LinkPurpose, Permission
 from app.messages import LinkGrant
 from app.models import DeletionStep
 from app.tokens import DEVELOPMENT_ISSUER
-from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, Stage, stage, subject
+from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, Stage, subject
 from tests.delivery.webhook_server import receiving
-from tests.ending import WINDOW, account, log_in_memory, many, steps
+from tests.ending import WINDOW, account, log_in_memory, many, promised, steps
+from tests.enforcing import MAILER, acknowledge, obeyed
 
 MIGRATIONS = "tortoise_migrations"
 """The record of those that ran."""
@@ -42,6 +43,7 @@ CODES = {
     "idempotency_record.mutation",
     "deletion_step.system",
     "webhook_delivery.type",
+    "enforcement.system",
 }
 """Texts that are codes without being an enumeration: of the policy, of the catalogue of emails, of Sunset itself."""
 
@@ -280,11 +282,15 @@ async def test_every_column_of_the_database_is_a_models_and_every_table_has_its_
 async def test_nothing_of_a_deleted_account_is_left_anywhere(
     database: Database, tmp_path: Path, log: io.StringIO
 ) -> None:
-    async with stage(database, tmp_path) as house, receiving() as receiver:
+    async with obeyed(database, tmp_path) as house, receiving() as receiver:
         await endpoints.create(None, house.installation.receivers, url=receiver.url, description=None, event_types=None)
         erased, neighbor = await two_accounts(house)
         await live(house, "acme", "canary-name", "canary")
         await live(house, "kept-0", "kept-name", "kept")
+        await acknowledge(house, MAILER, 1)
+        await db.advance_clock(timedelta(hours=1))
+        await house.letters()
+        assert await promised(erased, "enforcement-late"), "the operators were told, by name"
         await house.do(BILLING, "holdDeletion", accountId=await house.account_id("kept-0"), note="kept-note")
         await house.letters()
         mail_before = await mail_about(house, erased)
@@ -320,6 +326,7 @@ async def test_nothing_of_a_deleted_account_is_left_anywhere(
         assert row["reference"] == deletion.tombstone_reference(f"canary-{erased}")
         assert [row[name] for name in ("plan_code", "canceled_at")] == ["essentials", before["canceled_at"]]
         assert await steps(erased) == [*before["steps"], "deletion_started", "deleted"]
+        assert len([one for one in everything["enforcement"] if str(erased) in one]) == 2, "who has obeyed stays known"
         (stone,) = everything["tombstone"]
         assert all(fact in stone for fact in (str(erased), "essentials", "UNUSED"))
 

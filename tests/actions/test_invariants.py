@@ -14,9 +14,10 @@ from app.db import Database
 from app.lifecycle import CancellationTiming, TransitionType
 from app.models import CancellationRequest, DeletionHold, Transition
 from tests.api.test_story import links
-from tests.cast import ALICE, BILLING, CSM, GINA, HOST, Stage, stage
+from tests.cast import ALICE, BILLING, CSM, GINA, HOST, Stage
 from tests.db.test_schema import ATTEMPTS, MIGRATIONS, WORLD
 from tests.delivery.webhook_server import receiving
+from tests.enforcing import MAILER, acknowledge, obeyed
 
 INGRID, UMA = "ingrid@initech.example", "uma@umbrella.example"
 HANA, WILMA = "hana@hooli.example", "wilma@wayne.example"
@@ -43,6 +44,7 @@ async def tell_the_story(house: Stage) -> None:
 
     # Acme is restarted after a reminder, and canceled again; its deletion is on hold.
     await house.cancel()
+    await acknowledge(house, MAILER, 1)
     (link,) = [
         links(one) for one in await house.letters() if "Acme" in one["Subject"] and one["To"] and ALICE in one["To"]
     ]
@@ -107,10 +109,10 @@ async def cancel_with_help(house: Stage, admin: str, reference: str, name: str) 
 
 @pytest.fixture
 async def installation(database: Database, tmp_path: Path) -> AsyncIterator[Stage]:
-    """After the story. Initech's plan is canceled at the end of the paid period."""
+    """After the story. Initech's plan is canceled at the end of the paid period; two systems obey, or do not."""
     shipped = policy.load().plans
     plans = {**shipped, "startup": replace(shipped["startup"], effective=CancellationTiming.PERIOD_END)}
-    async with stage(database, tmp_path, plans=plans) as house, receiving() as receiver:
+    async with obeyed(database, tmp_path, plans=plans) as house, receiving() as receiver:
         await endpoints.create(
             None, house.installation.receivers, url=receiver.url, description="Hears it.", event_types=None
         )
@@ -285,6 +287,15 @@ BROKEN: dict[str, list[str]] = {
     "last_email_is_erased": [
         message("recipient_address = 'uma@umbrella.example'", "template = 'account-deleted'"),
         message("recipient_name = 'Uma Banerjee'", "template = 'account-deleted'"),
+    ],
+    "enforcement_of_a_cancellation": [
+        "UPDATE enforcement SET epoch = epoch + 1",
+        f"UPDATE enforcement SET asked_at = {LONG_AGO}",
+        moved("enforcement", of("hooli")),
+    ],
+    "enforcement_until_the_restart": [
+        "UPDATE enforcement SET lifted_at = NULL WHERE lifted_at IS NOT NULL",
+        f"UPDATE enforcement SET lifted_at = {FAR} WHERE lifted_at IS NULL",
     ],
     "last_event_is_erased": [
         "UPDATE webhook_delivery SET payload = '{}', delivered_at = created_at WHERE type = 'account.deleted'"

@@ -29,8 +29,9 @@ from app.lifecycle import LinkPurpose, MemberRole, Permission, Scope, StaffRole
 from app.messages import LinkGrant
 from app.models import Account, CancellationRequest, Member, Offer, Staff
 from app.tokens import DEVELOPMENT_ISSUER
-from tests import cast
+from tests import cast, enforcing
 from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, GATEKEEPER, GINA, HOST, SUPPORT, Stage
+from tests.enforcing import MAILER
 
 STATES = ("ACTIVE", "ASSISTANCE", "PENDING", "SCHEDULED", "CANCELED", "CLOSED", "DELETING", "DELETED")
 """ASSISTANCE and PENDING: active, with alice's request open. CLOSED: canceled, and the time to restart is over."""
@@ -43,8 +44,8 @@ STATES = ("ACTIVE", "ASSISTANCE", "PENDING", "SCHEDULED", "CANCELED", "CLOSED", 
 #
 # ok: done, or shown. null: nothing there. forbidden, removed: the top-level errors FORBIDDEN and ACCESS_REMOVED.
 # missing: NotFoundError, denied: PermissionDeniedError, state: AccountStateError, asked:
-# CancellationAlreadyRequestedError, closed: RestartWindowClosedError, clear: DeletionsNotHaltedError. One word stands
-# for all states.
+# CancellationAlreadyRequestedError, closed: RestartWindowClosedError, clear: DeletionsNotHaltedError, unawaited:
+# EnforcementNotAwaitedError. One word stands for all states.
 #
 # Members whose account is canceled are told so, whatever they ask; once its data is gone nobody knows them.
 TABLE = """
@@ -106,6 +107,14 @@ cancellationRequests
   ungranted_link, foreign_link     forbidden
 
 deletions
+  admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  stranger, host, gatekeeper       forbidden
+  csm, other_csm, billing, support ok
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
+enforcements
   admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
   stranger, host, gatekeeper       forbidden
   csm, other_csm, billing, support ok
@@ -271,6 +280,15 @@ syncAccounts
   feedback_link, restart_link      forbidden
   ungranted_link, foreign_link     forbidden
 
+acknowledgeEnforcement
+  admin, permitted, member         denied    denied    denied    denied    removed   removed   removed   forbidden
+  mailer                           unawaited unawaited unawaited unawaited ok        ok        ok        ok
+  stranger, host, gatekeeper       denied
+  csm, other_csm, billing, support denied
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
 eventTypes
   admin, permitted, member         ok        ok        ok        ok        removed   removed   removed   forbidden
   stranger, host, gatekeeper       ok
@@ -365,9 +383,10 @@ NOBODY = ("no_token", "expired", "wrong_audience", "forged_key")
 """UNAUTHENTICATED, whatever they ask."""
 UNKNOWN = ("unknown", "removed", "removed_link", "former_staff", "former_service")
 """FORBIDDEN, whatever they ask: a good token of nobody here."""
-LIKE = {"ungranted": "member", "demoted": "member", "integrator": "gatekeeper"}
-"""Tokens issued to a member with the permission and to an admin, before it was taken from them; and a service with the
-scope `webhooks`, which is like any other where it has no line of its own."""
+LIKE = {"ungranted": "member", "demoted": "member", "integrator": "gatekeeper", "mailer": "gatekeeper"}
+"""Tokens issued to a member with the permission and to an admin, before it was taken from them; and services with the
+scope `webhooks`, or with `enforcement` and in the policy, which are like any other where they have no line of their
+own."""
 
 WORDS = {
     "UNAUTHENTICATED": "unauthenticated",
@@ -379,6 +398,7 @@ WORDS = {
     "CancellationAlreadyRequestedError": "asked",
     "RestartWindowClosedError": "closed",
     "DeletionsNotHaltedError": "clear",
+    "EnforcementNotAwaitedError": "unawaited",
 }
 
 SCHEMA = graphql.build_schema(printed())
@@ -457,6 +477,7 @@ class Scene:
             "holdDeletion": {"accountId": account, "note": "They called."},
             "releaseDeletion": {"accountId": account, "note": "They called."},
             "approveDeletions": {"count": 1, "note": "They called."},
+            "acknowledgeEnforcement": {"accountId": account, "epoch": 1},
             "advanceClock": {"by": "1s"},
             "createWebhookEndpoint": {"url": "https://hooks.example.com/"},
             "updateWebhookEndpoint": {"endpointId": endpoint, "description": "Changed."},
@@ -545,6 +566,7 @@ async def add_people(stage: Stage) -> None:
         issuer=DEVELOPMENT_ISSUER,
         subject=person("integrator"),
     )
+    await enforcing.add_system(MAILER)
     csm = await Staff.get(email=CSM)
     await Account.filter(reference="acme").update(csm_id=csm.id)
 
@@ -655,6 +677,7 @@ async def make_scene(stage: Stage, state: str) -> Scene:
         "gatekeeper": GATEKEEPER,
         "former_service": "former",
         "integrator": "integrator",
+        "mailer": MAILER,
     }
     tokens: dict[str, str | None] = {caller: stage.token(who) for caller, who in named.items()}
     request_id = await put_into(state, stage, account_id)
@@ -693,7 +716,7 @@ def state(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 async def scene(sqlite_database: Database, tmp_path: Path, state: str) -> AsyncIterator[Scene]:
-    async with cast.stage(sqlite_database, tmp_path) as stage:
+    async with cast.stage(sqlite_database, tmp_path, enforcing_systems=enforcing.SYSTEMS) as stage:
         yield await make_scene(stage, state)
 
 
@@ -751,7 +774,7 @@ async def test_a_foreign_id_an_unknown_id_and_no_id_at_all_are_answered_alike(sc
                 others = [await scene.answer(operation, caller, given | {key: one}) for one in malformed]
                 assert all(json.dumps(foreign) == json.dumps(other) for other in others), f"{operation} by {caller}"
                 tried += 1
-    assert tried == 4 * 18
+    assert tried == 4 * 19
 
 
 async def test_a_canceled_account_is_told_apart_from_none_by_its_own_members_alone(scene: Scene, state: str) -> None:

@@ -29,6 +29,7 @@ from app.timers import TIMERS
 from tests import cast
 from tests.actions.test_outbox import promise
 from tests.cast import ALICE, BILLING, BOB, Stage
+from tests.enforcing import LOGIN, MAILER, acknowledge, obeyed
 from tests.postgres import PostgresServer
 from tests.rules.test_settings import PRODUCTION
 
@@ -272,6 +273,35 @@ async def test_timers_holds_and_deletions(house: Stage) -> None:
     assert after[series("sunset_deletions_overdue")] == 0
 
 
+async def test_who_has_obeyed(database: Database, tmp_path: Path) -> None:
+    """The last acknowledgement's time is counted; what is waited for is read, of each system that the policy names."""
+    async with obeyed(database, tmp_path) as house:
+
+        async def seen() -> dict[str, float]:
+            found = await scrape(house.client)
+            return {
+                f"{system} {state}": found[series("sunset_enforcements", system=system, state=state)]
+                for system in (MAILER, LOGIN)
+                for state in ("pending", "late")
+            }
+
+        nothing = {"mailer pending": 0, "mailer late": 0, "login pending": 0, "login late": 0}
+        assert await seen() == nothing
+        async with Counted(house) as counted:
+            await house.cancel()
+            assert await seen() == nothing | {"mailer pending": 1, "login pending": 1}
+            await db.advance_clock(timedelta(minutes=20))
+            assert await seen() == nothing | {"mailer late": 1, "login pending": 1}
+            await acknowledge(house, MAILER, 1)
+            assert await seen() == nothing | {"login pending": 1}
+        assert counted.of("sunset_enforcement_seconds_count") == {}
+        async with Counted(house) as counted:
+            await acknowledge(house, LOGIN, 1)
+            assert await seen() == nothing
+        assert counted.of("sunset_enforcement_seconds_count") == {(): 1}
+        assert 1_200 <= counted.of("sunset_enforcement_seconds_sum")[()] < 1_260
+
+
 async def test_the_breaker(database: Database, tmp_path: Path) -> None:
     async with cast.stage(database, tmp_path, breaker_at_least=0, breaker_percent=0) as house:
         await house.cancel()
@@ -334,7 +364,7 @@ async def test_what_is_not_due_is_not_looked_at(sqlite_database: Database, tmp_p
                 assert "(status=?)" in row["detail"], (sql, row["detail"])
                 passing -= 1
         assert passing >= 0, sql
-    assert used.keys() >= {"account", "outbox", "cancellation_request", "deletion_step"}
+    assert used.keys() >= {"account", "outbox", "cancellation_request", "deletion_step", "enforcement"}
 
 
 # ------------------------------------------------------------------------------------------------------ who may look

@@ -15,6 +15,7 @@ from app.db import Database
 from app.errors import Unavailable
 from app.lifecycle import RequestStatus
 from tests.cast import Stage, settings
+from tests.enforcing import LOGIN, MAILER, acknowledge, obeyed
 
 TOKEN = "a-token-for-prometheus"
 
@@ -131,6 +132,26 @@ async def test_a_message_that_no_worker_takes_for_a_quarter_of_an_hour_is_told(h
     assert set(await alarms(house)) == {Name.MESSAGES_OVERDUE}
     await outbox.claim(9)
     assert await alarms(house) == {}, "a worker has them"
+
+
+async def test_a_system_that_does_not_obey_in_time_is_told_until_it_does(database: Database, tmp_path: Path) -> None:
+    async with obeyed(database, tmp_path) as house:
+        at = datetime.fromisoformat((await house.cancel())["account"]["canceledAt"])
+        await house.letters()
+        await db.advance_clock(timedelta(minutes=9))
+        assert await alarms(house) == {}
+        await db.advance_clock(timedelta(minutes=31))
+        await house.letters()
+        found = await alarms(house)
+        assert set(found) == {Name.ENFORCEMENT_LATE}
+        message = found[Name.ENFORCEMENT_LATE]["message"]
+        assert "in time by mailer (1 account), login (1 account): messages may still be going out" in message
+        since = datetime.fromisoformat(found[Name.ENFORCEMENT_LATE]["since"])
+        assert since - at == timedelta(minutes=10), "of the one that is late for longest"
+        await acknowledge(house, MAILER, 1)
+        assert "by login (1 account)" in (await alarms(house))[Name.ENFORCEMENT_LATE]["message"]
+        await acknowledge(house, LOGIN, 1)
+        assert await alarms(house) == {}
 
 
 async def test_a_schema_that_is_not_migrated_is_not_ready(house: Stage) -> None:
