@@ -148,7 +148,7 @@ async def _refusal(policy: Policy, system: str, account_id: UUID | None, epoch: 
     if account is None:
         return errors.NotFound("account")
     if epoch < account.epoch:
-        reason = "It is over: the account was restarted since, or canceled again. There is nothing left to acknowledge."
+        reason = "That cancellation is over: the account was restarted since. What came after has events of its own."
     elif epoch > account.epoch:
         reason = f"The account is at epoch {account.epoch}. Acknowledge the `epoch` of its `account.canceled`."
     elif account.canceled_at is None:
@@ -230,11 +230,9 @@ async def of(account_ids: Sequence[UUID]) -> dict[UUID, list[EnforcementView]]:
     """What the cancellations that stand ask of each system, by system; nothing for an account that is not canceled.
     One statement."""
     found: dict[UUID, list[EnforcementView]] = {account_id: [] for account_id in account_ids}
-    marks = ", ".join(f"${index}" for index in range(1, len(account_ids) + 1))
-    for row in await db.fetch(
-        f"SELECT * FROM enforcement WHERE lifted_at IS NULL AND account_id IN ({marks}) ORDER BY system", *account_ids
-    ):
-        found[db.as_uuid(row["account_id"])].append(_view(row))
+    for row in await accounts.belonging_to("enforcement", account_ids, order="system"):
+        if row["lifted_at"] is None:
+            found[db.as_uuid(row["account_id"])].append(_view(row))
     return found
 
 

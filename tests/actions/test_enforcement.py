@@ -11,7 +11,7 @@ from uuid import UUID
 
 import pytest
 
-from app import db, deletion, enforcement, errors, invariants, metrics, people, policy, provisioning, restart
+from app import db, deletion, enforcement, errors, invariants, metrics, people, policy, provisioning, restart, timers
 from app.auth import ServiceFacts
 from app.db import Database
 from app.lifecycle import CancellationTiming, Scope
@@ -366,6 +366,8 @@ async def test_a_restart_in_time_sends_no_letter(house: Stage, clock: StoppedClo
     clock.forward(before)
     await restart_acme(house)
     clock.forward(DAY)
+    (report,) = [one for one in await timers.backlog(house.installation.policy) if one.name == "report_enforcement"]
+    assert report.due == 0, "no round looks at it again"
     assert await to_operators(house) == []
     assert [one.late + one.pending for one in await enforcement.waiting(house.installation.policy)] == [0, 0]
 
