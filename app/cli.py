@@ -195,6 +195,7 @@ def serve(
     logs.configure(format=settings.log_format, level=settings.log_level)
     introduction = _run(_prepare(settings))
     shared = installation(settings)
+    _allow_files(settings.streams)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -230,6 +231,22 @@ def serve(
         server.run()
     if not server.started:
         sys.exit(3)
+
+
+def _allow_files(streams: int) -> None:
+    """Let the process have as many connections as it may hold streams, as far as the system allows."""
+    import resource
+
+    import structlog
+
+    wanted = streams + 1_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        structlog.stdlib.get_logger(__name__).info("serve.few_file_descriptors", allowed=allowed, wanted=wanted)
 
 
 async def _prepare(settings: Settings) -> list[tuple[str, str, str]]:

@@ -130,7 +130,7 @@ def test_every_number_is_the_codes() -> None:
     hours = policy.hours
     [pool] = (int(one.default.strip("`")) for one in Settings.documentation() if "POOL_SIZE" in one.variable)
     told = [
-        f"default of {pool}: at most 2 x {pool} + 2 x ({pool} + 1) = {2 * pool + 2 * (pool + 1)}.",
+        f"default of {pool}: at most 2 x ({pool} + 1) + 2 x ({pool} + 2) = {4 * pool + 6}.",
         f"delivered after {outbox.LEASE // timedelta(minutes=1)} minutes by another",
         f"tried {outbox.MAX_ATTEMPTS} times",
         f"up to {provisioning.MAX_ITEMS} at a time",
