@@ -567,6 +567,8 @@ class WebhookDelivery(Model):
     last_error = fields.TextField(null=True)
     delivered_at = UtcDatetimeField(null=True)
     dead_at = UtcDatetimeField(null=True)
+    traceparent = fields.CharField(max_length=64, null=True)
+    """The trace in which it was promised, as W3C Trace Context writes it."""
 
     class Meta:
         table = "webhook_delivery"

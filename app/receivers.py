@@ -85,9 +85,9 @@ class Receivers:
             if not allowed and parts.scheme != "https":
                 raise Refused("It is not https.")
 
-    def checked(self, parts: SplitResult, addresses: Sequence[_Address]) -> _Address:
-        """The address to connect to. Raises `Refused` if any of those of the name may not be."""
+    def checked(self, parts: SplitResult, addresses: Sequence[_Address]) -> Sequence[_Address]:
+        """The addresses of the name, of which any may be connected to. Raises `Refused` if one of them may not."""
         if not addresses:
             raise Refused("Its name has no address.")
         self._check(parts, addresses)
-        return addresses[0]
+        return addresses

@@ -53,6 +53,9 @@ KEPT = timedelta(days=30)
 _OPEN = "delivered_at IS NULL AND dead_at IS NULL"
 """Not settled."""
 
+_OPEN_OF_ALL = f"{_OPEN} AND attempts >= 0"
+"""The same for statements about all endpoints, which have indexes of their own: see the migration that made them."""
+
 ERASED_TYPE = TransitionType.DELETED
 """The event that outlives the account's data: it is emptied as soon as it is settled."""
 
@@ -122,42 +125,51 @@ class Claimed:
     """By the database's own clock, which is the receivers': a development clock runs ahead of theirs."""
 
 
-async def claim(limit: int) -> list[Claimed]:
-    """Take up to `limit` due deliveries: those of endpoints that work before those of endpoints that fail, then the
-    oldest. No two workers get the same one while its lease lasts, and no endpoint gets more than its share."""
+_DUE = (
+    "FROM webhook_delivery d WHERE d.endpoint_id = e.id AND d.delivered_at IS NULL AND d.dead_at IS NULL "
+    "AND d.due_at <= $1 ORDER BY d.due_at, d.id LIMIT 1"
+)
+"""To an endpoint `e`, at the time $1."""
+_FIRST_DUE = f"(SELECT d.due_at {_DUE})"
+_UNDER_WAY = (
+    "(SELECT COUNT(*) FROM webhook_delivery c WHERE c.endpoint_id = e.id AND c.lease IS NOT NULL AND c.due_at > $1)"
+)
+_SHARE = f"CASE WHEN e.failures > 0 THEN 1 ELSE {PER_ENDPOINT} END"
+
+
+async def claim(limit: int, *, kept_free: int = 0) -> list[Claimed]:
+    """Take up to `limit` due deliveries: those of endpoints that work before those of endpoints that fail, those that
+    nothing is under way to before others, then the oldest. No two workers get the same one while its lease lasts, and
+    no endpoint gets more than its share. Those that fail leave `kept_free` of the places to others."""
     lease = db.uuid7()
     async with db.transaction():
         now = await db.now()
-        first_due = (
-            "(SELECT MIN(d.due_at) FROM webhook_delivery d WHERE d.endpoint_id = e.id "
-            "AND d.delivered_at IS NULL AND d.dead_at IS NULL AND d.due_at <= $1)"
-        )
         found = await db.fetch(
-            "SELECT e.id FROM webhook_endpoint e WHERE e.disabled_at IS NULL "
-            f"AND (e.paused_until IS NULL OR e.paused_until <= $1) AND {first_due} IS NOT NULL "
-            f"ORDER BY CASE WHEN e.failures > 0 THEN 1 ELSE 0 END, {first_due} "
+            "SELECT e.id, e.failures FROM webhook_endpoint e WHERE e.disabled_at IS NULL "
+            f"AND (e.paused_until IS NULL OR e.paused_until <= $1) AND {_FIRST_DUE} IS NOT NULL "
+            f"AND {_UNDER_WAY} < {_SHARE} "
+            f"ORDER BY CASE WHEN e.failures > 0 THEN 1 ELSE 0 END, {_UNDER_WAY}, {_FIRST_DUE} "
             f"LIMIT {int(limit)}{db.for_update(skip_locked=True, key=False)}",
             now,
         )
+        failing = [row for row in found if row["failures"]]
+        found = found[: len(found) - len(failing)] + failing[: max(limit - kept_free, 0)]
         if not found:
             return []
         # Under the endpoints' locks nobody else claims of them, so that what is under way can be counted.
         keys = ", ".join(f"${number}" for number in range(4, 4 + len(found)))
         slots = " UNION ALL ".join(
-            "SELECT (SELECT d.id FROM webhook_delivery d WHERE d.endpoint_id = e.id AND d.delivered_at IS NULL "
-            f"AND d.dead_at IS NULL AND d.due_at <= $3 ORDER BY d.due_at, d.id LIMIT 1 OFFSET {slot}) AS id, "
-            f"{slot} AS slot FROM webhook_endpoint e WHERE e.id IN ({keys}) "
-            "AND (SELECT COUNT(*) FROM webhook_delivery d WHERE d.endpoint_id = e.id AND d.lease IS NOT NULL "
-            f"AND d.due_at > $3) < CASE WHEN e.failures > 0 THEN 1 ELSE {PER_ENDPOINT} END - {slot}"
+            f"SELECT (SELECT d.id {_DUE} OFFSET {slot}) AS id, {slot} AS slot FROM webhook_endpoint e "
+            f"WHERE e.id IN ({keys}) AND {_UNDER_WAY} < {_SHARE} - {slot}"
             for slot in range(PER_ENDPOINT)
         )
         rows = await db.fetch(
-            f"UPDATE webhook_delivery SET lease = $1, due_at = $2, attempts = attempts + 1, last_attempt_at = $3 "
+            "UPDATE webhook_delivery SET lease = $2, due_at = $3, attempts = attempts + 1, last_attempt_at = $1 "
             f"WHERE id IN (SELECT id FROM ({slots}) slots WHERE id IS NOT NULL ORDER BY slot LIMIT {int(limit)}) "
             "RETURNING *",
+            now,
             lease,
             now + LEASE,
-            now,
             *(row["id"] for row in found),
         )
         endpoints = await _endpoints({db.as_uuid(row["endpoint_id"]) for row in rows})
@@ -276,7 +288,7 @@ async def give_up(*, limit: int = 1_000) -> int:
     now = await db.now()
     return await db.execute(
         f"UPDATE webhook_delivery SET dead_at = $1, lease = NULL, last_error = COALESCE(last_error, $2){_EMPTIED} "
-        f"WHERE id IN (SELECT id FROM webhook_delivery WHERE {_OPEN} AND queued_at < $3 "
+        f"WHERE id IN (SELECT id FROM webhook_delivery WHERE {_OPEN_OF_ALL} AND queued_at < $3 "
         f"AND (lease IS NULL OR due_at <= $1) ORDER BY queued_at LIMIT {int(limit)})",
         now,
         "never tried: the endpoint was paused or disabled",
@@ -296,7 +308,7 @@ async def forget(*, limit: int = 1_000) -> int:
 async def next_due() -> datetime | None:
     """When something falls due that is not due yet. What is due already waits for a place at its endpoint."""
     row = await db.fetch_one(
-        f"SELECT (SELECT MIN(due_at) FROM webhook_delivery WHERE {_OPEN} AND due_at > $1) AS due_at, "
+        f"SELECT (SELECT MIN(due_at) FROM webhook_delivery WHERE {_OPEN_OF_ALL} AND due_at > $1) AS due_at, "
         "(SELECT MIN(paused_until) FROM webhook_endpoint WHERE paused_until > $1 AND disabled_at IS NULL) AS paused",
         await db.now(),
     )

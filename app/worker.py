@@ -17,6 +17,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -38,6 +39,12 @@ POLL_SECONDS = 5.0
 
 WEBHOOKS_AT_A_TIME = 256
 """Exchanges under way; all of them mostly wait."""
+
+WEBHOOKS_KEPT_FREE = 64
+"""Of these, for endpoints that do not fail: however many others hang, they wait for none of them."""
+
+WEBHOOKS_GATHERED = timedelta(milliseconds=20)
+"""Looking for what is due costs the same for one place as for many."""
 
 GONE = 410
 """The status by which a receiver says that it wants no more."""
@@ -61,19 +68,25 @@ class _Line(Generic[Work]):
         deliver: Callable[[Work], Coroutine[Any, Any, None]],
         next_due: Callable[[], Awaitable[datetime | None]],
         concurrency: int,
+        gathered: timedelta,
         stopping: asyncio.Event,
     ) -> None:
+        """`gathered`: for how long places that become free are counted before it is asked who wants them."""
         self._channel = channel
         self._take = claim
         self._deliver = deliver
         self._next_due = next_due
         self._concurrency = concurrency
+        self._gathered = gathered.total_seconds()
         self._stopping = stopping
+        self._freed = asyncio.Event()
+        """Something has ended since it was last asked what is due."""
         self.under_way: set[asyncio.Task[None]] = set()
 
     async def keep_delivering(self) -> None:
         async with db.listen(self._channel) as wakeups:
             while not self._stopping.is_set():
+                self._freed.clear()
                 if not await self.claim():
                     await self._sleep(wakeups)
 
@@ -84,8 +97,12 @@ class _Line(Generic[Work]):
         for one in claimed:
             task = asyncio.create_task(self._deliver(one))
             self.under_way.add(task)
-            task.add_done_callback(self.under_way.discard)
+            task.add_done_callback(self._free)
         return bool(claimed and self._has_room())
+
+    def _free(self, task: asyncio.Task[None]) -> None:
+        self.under_way.discard(task)
+        asyncio.get_running_loop().call_later(self._gathered, self._freed.set)
 
     def _has_room(self) -> bool:
         return len(self.under_way) < self._concurrency
@@ -96,10 +113,11 @@ class _Line(Generic[Work]):
         pause = await self._pause() if self._has_room() else POLL_SECONDS
         stopping = asyncio.ensure_future(self._stopping.wait())
         woken = asyncio.ensure_future(wakeups.wait(pause))
+        freed = asyncio.ensure_future(self._freed.wait())
         try:
-            await asyncio.wait({stopping, woken, *self.under_way}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stopping, woken, freed}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (stopping, woken):
+            for task in (stopping, woken, freed):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
@@ -146,14 +164,16 @@ class Worker:
             deliver=self._deliver,
             next_due=outbox.next_due,
             concurrency=concurrency,
+            gathered=timedelta(),
             stopping=self._stopping,
         )
         self._webhooks = _Line(
             channel=webhooks.CHANNEL,
-            claim=webhooks.claim,
+            claim=partial(webhooks.claim, kept_free=WEBHOOKS_KEPT_FREE),
             deliver=self._notify,
             next_due=webhooks.next_due,
             concurrency=WEBHOOKS_AT_A_TIME,
+            gathered=WEBHOOKS_GATHERED,
             stopping=self._stopping,
         )
         self._timers = Timers(installation, forget=mailer.forget, done=metrics.timer_done)
@@ -172,7 +192,7 @@ class Worker:
         await asyncio.gather(*beside)
         await self._webhooks.finish(timedelta())  # what was claimed at the very moment of the order to stop
         await self._mailer.close()
-        await self._poster.close()
+        self._poster.close()
 
     async def _persist(self, work: Callable[[], Awaitable[None]]) -> None:
         while not self._stopping.is_set():

@@ -29,6 +29,7 @@ from uuid import UUID
 
 import asyncpg
 import bench_timers
+import bench_webhooks
 import httpx2
 import orjson
 import uvloop
@@ -638,7 +639,7 @@ async def bench(environ: dict[str, str], *, quick: bool, connections: int) -> No
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="a short run, whose figures are rough")
-    parser.add_argument("--only", choices=["requests", "timers"], help="one of the two parts")
+    parser.add_argument("--only", choices=["requests", "timers", "webhooks"], help="one of the parts")
     parser.add_argument(
         "--accounts", type=int, default=1_000_000, help="canceled ones for the timers, default %(default)s"
     )
@@ -658,12 +659,15 @@ def _main() -> None:
                 "SUNSET_RATE_LIMIT_CALLER": "100000",
                 "SUNSET_RATE_LIMIT_ACCOUNT": "100000",
             }
-            if options.only != "timers":
+            if options.only in {None, "requests"}:
                 environ["SUNSET_DATABASE_URL"] = server.url(asyncio.run(server.create_empty_database()))
                 uvloop.run(bench(environ, quick=options.quick, connections=options.connections))
-            if options.only != "requests":
+            if options.only in {None, "timers"}:
                 many = options.accounts // (20 if options.quick else 1)
                 uvloop.run(bench_timers.bench(server, environ, many=many, due=50 if options.quick else 200))
+            if options.only in {None, "webhooks"}:
+                number, rounds = (200, 3) if options.quick else (1_000, 10)
+                uvloop.run(bench_webhooks.bench(server, environ, number=number, rounds=rounds))
     finally:
         server.close()
 

@@ -110,7 +110,7 @@ async def _nothing(_: Sequence[str]) -> None:
 async def _measure(environ: dict[str, str], accounts: int, due: int) -> Figures:
     """The rows tell how late each was: they hold when it was due, and the time at which the worker had its lock."""
     first, middle, last = (db.as_uuid(_key(accounts + number)) for number in (0, due, 2 * due))
-    with _worker(environ):
+    with worker(environ):
         await db.execute(
             "UPDATE account SET reminder_due_at = moment, canceled_at = moment - interval '720 hours', "
             "restartable_until = moment + interval '720 hours', deletion_scheduled_for = moment + interval '720 hours' "
@@ -151,7 +151,8 @@ async def _until(sql: str, number: int) -> None:
 
 
 @contextmanager
-def _worker(environ: dict[str, str]) -> Iterator[None]:
+def worker(environ: dict[str, str]) -> Iterator[None]:
+    """The worker, as its command runs it, until the end of the block."""
     process = subprocess.Popen(
         [sys.executable, "-c", "from app.cli import main; main()", "worker"],
         env=environ,

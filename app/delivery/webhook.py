@@ -13,17 +13,20 @@ import base64
 import hashlib
 import hmac
 import ipaddress
+import os
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cached_property, partial
 from typing import Final
+from urllib.parse import SplitResult
 
+import httptools
 import httpx2
 
 from app.receivers import Receivers, Refused
@@ -32,6 +35,8 @@ DEADLINE: Final = timedelta(seconds=15)
 """For the whole exchange: looking up, connecting, sending, and reading the answer."""
 
 MAX_READ: Final = 65_536
+
+_CHUNK: Final = 8_192
 
 _LOOKUPS: Final = 64
 """Names looked up at a time: the system's resolver can be waited for, and not interrupted."""
@@ -70,77 +75,176 @@ class Poster:
         self._resolver = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="webhook-lookup")
 
     @cached_property
-    def _transport(self) -> httpx2.AsyncHTTPTransport:
-        """The bare transport: a client would keep cookies. Each exchange has a connection of its own."""
-        return httpx2.AsyncHTTPTransport(
-            verify=ssl.create_default_context(),
-            trust_env=False,
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
-        )
+    def _trust(self) -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return context
 
-    async def close(self) -> None:
+    def close(self) -> None:
         self._resolver.shutdown(wait=False, cancel_futures=True)
-        if "_transport" in self.__dict__:
-            await self._transport.aclose()
 
-    async def post(self, url: str, headers: dict[str, str], body: bytes, *, content_type: str) -> Answer:
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, *, content_type: str) -> Answer:
         """Send it, and tell how that ended; every failure is an answer. Only a 2xx that is complete, or longer than
         what is read of it, within the deadline is success."""
         began = time.monotonic()
-        status: int | None = None
+        exchange = _Exchange()
         error: str | None = None
-        retry_after: timedelta | None = None
         try:
             async with asyncio.timeout(self._deadline.total_seconds()):
-                request = await self._request(url, headers | {"content-type": content_type}, body)
-                response = await self._transport.handle_async_request(request)
-                try:
-                    status = response.status_code
-                    retry_after = _retry_after(response.headers.get("retry-after"))
-                    error = None if 200 <= status <= 299 else f"answered {status}"
-                    read = 0
-                    async for chunk in response.aiter_raw():
-                        read += len(chunk)
-                        if read >= MAX_READ:
-                            break
-                finally:
-                    await response.aclose()
+                parts = self._receivers.check_url(url)
+                exchange.prepare(httpx2.URL(url), {**headers, "content-type": content_type}, body)
+                await self._connect(parts, exchange)
+                if failure := await exchange.ended:
+                    raise failure
+                error = None if 200 <= (exchange.status or 0) <= 299 else f"answered {exchange.status}"
         except Refused as refused:
             error = str(refused)
         except TimeoutError:
             error = f"no complete answer within {self._deadline.total_seconds():g} seconds"
         except socket.gaierror:
             error = "its name cannot be resolved"
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as failed:
-            error = f"no usable answer: {type(failed).__name__}"
+        except ssl.SSLCertVerificationError as failed:
+            error = f"its certificate is refused: {failed.verify_message}"
+        except ssl.SSLError as failed:
+            error = f"no TLS connection: {failed.reason}"
+        except (OSError, ValueError, httpx2.InvalidURL) as failed:
+            error = f"no usable answer: {_in_words(failed)}"
+        finally:
+            exchange.abort()
         latency = timedelta(seconds=time.monotonic() - began)
-        return Answer(status=status, latency=latency, error=error, retry_after=retry_after)
+        return Answer(status=exchange.status, latency=latency, error=error, retry_after=exchange.retry_after)
 
-    async def _request(self, url: str, headers: dict[str, str], body: bytes) -> httpx2.Request:
-        parts = self._receivers.check_url(url)
-        host = parts.hostname or ""
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        found = await asyncio.get_running_loop().run_in_executor(
+    async def _connect(self, parts: SplitResult, exchange: "_Exchange") -> None:
+        """To the first of the name's addresses that can be connected to; all of them must be allowed."""
+        loop = asyncio.get_running_loop()
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        found = await loop.run_in_executor(
             self._resolver, partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         )
-        address = self._receivers.checked(
+        addresses = self._receivers.checked(
             parts, [ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found]
         )
-        named = httpx2.URL(url)
-        return httpx2.Request(
-            "POST",
-            named.copy_with(host=str(address)),
-            headers={
-                "host": named.netloc.decode(),
-                "user-agent": "Sunset-Webhooks",
-                "accept": "*/*",
-                "accept-encoding": "identity",
-                "connection": "close",
-                **headers,
-            },
-            content=body,
-            extensions={"sni_hostname": named.raw_host.decode()},
+        secure = parts.scheme == "https"
+        for address in addresses:
+            try:
+                await loop.create_connection(
+                    lambda: exchange,
+                    str(address),
+                    port,
+                    ssl=self._trust if secure else None,
+                    server_hostname=exchange.host if secure else None,
+                )
+            except ssl.SSLError:
+                raise
+            except OSError:
+                if address == addresses[-1]:
+                    raise
+            else:
+                return
+
+
+def _in_words(error: Exception) -> str:
+    """Written by the operating system or by us: what the other side said is never among it."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) if isinstance(error, _Unusable) else type(error).__name__
+
+
+class _Unusable(OSError):
+    """What came was no answer."""
+
+
+class _Exchange(asyncio.BufferedProtocol):
+    """One request, and its answer, on a connection of their own."""
+
+    def __init__(self) -> None:
+        self.host = ""
+        """Whom the other side must prove to be."""
+        self.status: int | None = None
+        self.retry_after: timedelta | None = None
+        self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        """When the answer is complete, or enough of it is read, or with what came instead."""
+        self._request = b""
+        self._transport: asyncio.BaseTransport | None = None
+        self._buffer = bytearray(_CHUNK)
+        self._left = MAX_READ
+        self._parser = httptools.HttpResponseParser(self)
+        self._length_is_told = False
+
+    def prepare(self, url: httpx2.URL, headers: Mapping[str, str], body: bytes) -> None:
+        self.host = url.raw_host.decode()
+        fields = {
+            "host": url.netloc.decode(),
+            "user-agent": "Sunset-Webhooks",
+            "accept": "*/*",
+            "accept-encoding": "identity",
+            "connection": "close",
+            "content-length": str(len(body)),
+            **headers,
+        }
+        lines = (f"{name}: {value}\r\n" for name, value in fields.items())
+        self._request = b"POST %b HTTP/1.1\r\n%b\r\n%b" % (url.raw_path, "".join(lines).encode(), body)
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()  # type: ignore[attr-defined]
+        self.ended.cancel()
+
+    # The connection calls these.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        transport.write(self._request)  # type: ignore[attr-defined]
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        nbytes = min(nbytes, self._left)
+        self._left -= nbytes
+        try:
+            self._parser.feed_data(memoryview(self._buffer)[:nbytes])
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._end(_Unusable("it is not HTTP"))
+        if not self._left:
+            self._end(None if self.status is not None else _Unusable("its headers do not end"))
+
+    def eof_received(self) -> None:
+        self._end(
+            None
+            if self.status is not None and not self._length_is_told
+            else _Unusable("the connection was closed before the answer was complete")
         )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is None:
+            self.eof_received()
+        else:
+            self._end(exc)
+
+    def _end(self, error: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(error)
+
+    # The parser calls these.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.status is not None:  # it stands behind the answer
+            return
+        match name.lower():
+            case b"retry-after":
+                self.retry_after = _retry_after(value.decode("latin-1"))
+            case b"content-length" | b"transfer-encoding":
+                self._length_is_told = True
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if self.status is None and status >= 200:  # what is below announces the answer
+            self.status = status
+
+    def on_message_complete(self) -> None:
+        if self.status is not None:
+            self._end(None)
 
 
 def _retry_after(value: str | None) -> timedelta | None:

@@ -155,11 +155,11 @@ async def test_a_system_that_does_not_obey_in_time_is_told_until_it_does(databas
 
 
 async def test_a_schema_that_is_not_migrated_is_not_ready(house: Stage) -> None:
-    await db.execute("DELETE FROM tortoise_migrations WHERE name = 'm0004_enforcement'")
+    await db.execute("DELETE FROM tortoise_migrations WHERE name = 'm0005_webhook_trace'")
     status, told = await deep(house)
     assert (status, told) == (
         503,
-        {"status": "unavailable", "database": "not migrated", "migrations": ["m0004_enforcement"]},
+        {"status": "unavailable", "database": "not migrated", "migrations": ["m0005_webhook_trace"]},
     )
 
 

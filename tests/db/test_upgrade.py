@@ -46,7 +46,7 @@ async def _grow(_apps, schema_editor):
 
 
 class Migration(TortoiseMigration):
-    dependencies = [("models", "m0004_enforcement")]
+    dependencies = [("models", "m0005_webhook_trace")]
     operations = [RunPython(_grow)]
 """
 

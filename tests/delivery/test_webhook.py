@@ -26,7 +26,7 @@ async def post(
     try:
         return await poster.post(url, headers or {}, BODY, content_type="application/cloudevents+json")
     finally:
-        await poster.close()
+        poster.close()
 
 
 async def test_what_is_sent_is_verified_by_the_package_of_standard_webhooks() -> None:
@@ -140,7 +140,7 @@ async def test_headers_without_an_end_are_given_up() -> None:
     async with receiving(headers) as receiver:
         answer = await post(receiver.url)
     assert answer.status is None
-    assert answer.error == "no usable answer: RemoteProtocolError"
+    assert answer.error == "no usable answer: its headers do not end"
 
 
 async def test_what_is_no_http_or_no_answer_at_all_is_told() -> None:
@@ -150,14 +150,45 @@ async def test_what_is_no_http_or_no_answer_at_all_is_told() -> None:
     async def hangs_up(_: Request, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
-    for answer in (garbage, hangs_up):
+    async def switches(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n")
+
+    async def ends_early(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhal")
+
+    closed = "the connection was closed before the answer was complete"
+    for answer, status, error in (
+        (garbage, None, "it is not HTTP"),
+        (hangs_up, None, closed),
+        (ends_early, 200, closed),
+        (switches, None, "it is not HTTP"),
+    ):
         async with receiving(answer) as receiver:
             came = await post(receiver.url)
-        assert (came.status, came.error) == (None, "no usable answer: RemoteProtocolError")
+        assert (came.status, came.error) == (status, f"no usable answer: {error}")
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         came = await post(f"http://127.0.0.1:{nobody.getsockname()[1]}/")
-    assert (came.status, came.error) == (None, "no usable answer: ConnectError")
+    assert (came.status, came.error) == (None, "no usable answer: Connection refused")
+
+
+async def test_an_answer_of_any_form_is_read_to_its_end() -> None:
+    """In pieces, in chunks, until the connection ends, and behind what announces it; of two, the first."""
+    for said in (
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early", b" Hints\r\n\r\nHTTP/1.1 202 Accepted\r\n", b"\r\n"),
+        (b"HTTP/1.1 202 Accepted\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", b"lo\r\n0\r\nRetry-After: 9\r\n\r\n"),
+        (b"HTTP/1.0 202 Accepted\r\n\r\nfine",),
+        (b"HTTP/1.1 202 A\r\nContent-Length: 0\r\n\r\nHTTP/1.1 410 B\r\nRetry-After: 9\r\nContent-Length: 0\r\n\r\n",),
+    ):
+
+        async def in_pieces(_: Request, writer: asyncio.StreamWriter, said: tuple[bytes, ...] = said) -> None:
+            for piece in said:
+                writer.write(piece)
+                await writer.drain()
+
+        async with receiving(in_pieces) as receiver:
+            came = await post(receiver.url)
+        assert (came.status, came.error, came.retry_after) == (202, None, None), said
 
 
 async def test_no_proxy_of_the_environment_is_asked_and_no_cookie_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +198,7 @@ async def test_no_proxy_of_the_environment_is_asked_and_no_cookie_is_kept(monkey
         poster = Poster(LOCAL)
         for _ in range(2):
             assert (await poster.post(receiver.url, {}, BODY, content_type="a/b")).error is None
-        await poster.close()
+        poster.close()
         assert proxy.requests == []
     assert len(receiver.requests) == 2
     assert all("cookie" not in request.headers for request in receiver.requests)
