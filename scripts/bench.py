@@ -15,15 +15,12 @@ import multiprocessing
 import os
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -34,6 +31,7 @@ import httpx2
 import orjson
 import uvloop
 from bench_bare import Replay, Slot, Statement, serve
+from bench_processes import command, cpu_seconds
 
 from app import db, limiting, logs, main, provisioning
 from app.auth import Installation
@@ -441,11 +439,6 @@ class Server:
     pid: int
     port: int
 
-    def cpu_seconds(self) -> float:
-        """What the process has used so far, in user and kernel mode, all threads together."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
     async def ready(self) -> None:
         for _ in range(300):
             try:
@@ -465,19 +458,10 @@ def _free_port() -> int:
 
 @contextmanager
 def _service(environ: dict[str, str]) -> Iterator[Server]:
-    """The service, as its command runs it: one process, requests logged."""
+    """The service: one process, requests logged."""
     port = _free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from app.cli import main; main()", "serve"],
-        env=environ | {"SUNSET_PORT": str(port)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield Server(pid=process.pid, port=port)
-    finally:
-        process.terminate()
-        process.wait()
+    with command("serve", environ | {"SUNSET_PORT": str(port)}) as pid:
+        yield Server(pid=pid, port=port)
 
 
 @contextmanager
@@ -519,10 +503,10 @@ class Figures:
     requests: int = 0
 
     async def measure(self, server: Server, exchanges: list[Exchange], requests: int, connections: int) -> None:
-        began, used = time.perf_counter(), server.cpu_seconds()
+        began, used = time.perf_counter(), cpu_seconds(server.pid)
         await _load(server.port, exchanges, connections)
         self.per_second.append(requests / (time.perf_counter() - began))
-        self.cpu_seconds += server.cpu_seconds() - used
+        self.cpu_seconds += cpu_seconds(server.pid) - used
         self.requests += requests
 
     @property

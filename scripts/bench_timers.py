@@ -7,15 +7,15 @@ the same number for deletion, all at once. The ratios say what the million costs
 
 import asyncio
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+
+from bench_processes import command
 
 from app import db, main, policy
 from app.auth import Installation
@@ -110,7 +110,7 @@ async def _nothing(_: Sequence[str]) -> None:
 async def _measure(environ: dict[str, str], accounts: int, due: int) -> Figures:
     """The rows tell how late each was: they hold when it was due, and the time at which the worker had its lock."""
     first, middle, last = (db.as_uuid(_key(accounts + number)) for number in (0, due, 2 * due))
-    with worker(environ):
+    with command("worker", environ):
         await db.execute(
             "UPDATE account SET reminder_due_at = moment, canceled_at = moment - interval '720 hours', "
             "restartable_until = moment + interval '720 hours', deletion_scheduled_for = moment + interval '720 hours' "
@@ -148,22 +148,6 @@ async def _until(sql: str, number: int) -> None:
     async with asyncio.timeout(600):
         while (await db.fetch(sql))[0]["done"] < number:  # noqa: ASYNC110  another process does it
             await asyncio.sleep(0.1)
-
-
-@contextmanager
-def worker(environ: dict[str, str]) -> Iterator[None]:
-    """The worker, as its command runs it, until the end of the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from app.cli import main; main()", "worker"],
-        env=environ,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @asynccontextmanager

@@ -11,16 +11,16 @@ import ssl
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
-from bench_timers import worker
+from bench_processes import command, cpu_seconds
 
-from app import accounts, cancellation, db, demo, endpoints, main
+from app import accounts, cancellation, demo, endpoints, main
 from app.auth import Call
 from app.db import Database
 from app.db.migrate import migrate
@@ -104,6 +104,10 @@ class Side:
     call: Call
     account_id: UUID
     """Of the account whose transitions they are."""
+    worker: int
+    """The process."""
+    cpu_seconds: float = 0.0
+    """The worker's, in all rounds together."""
     rounds: list[list[float]] = field(default_factory=list)
     transitions: list[float] = field(default_factory=list)
     """How long each transition itself took, which promises everything to everybody."""
@@ -111,6 +115,7 @@ class Side:
     async def measure(self, receivers: Receivers) -> None:
         """One transition of an account, and when all have heard of it."""
         receivers.expect(self.healthy)
+        used = cpu_seconds(self.worker)
         with self.database.bind():
             began = time.perf_counter()
             if len(self.rounds) % 2:
@@ -120,6 +125,7 @@ class Side:
             committed = time.perf_counter()
         self.transitions.append(committed - began)
         self.rounds.append([moment - committed for moment in await receivers.heard()])
+        self.cpu_seconds += cpu_seconds(self.worker) - used
 
 
 @asynccontextmanager
@@ -142,7 +148,7 @@ async def _side(
             await migrate(database)
             with database.bind():
                 await demo.make(installation)
-                for place in range(number):
+                made = [
                     await endpoints.create(
                         None,
                         installation.receivers,
@@ -150,16 +156,22 @@ async def _side(
                         description=None,
                         event_types=None,
                     )
-                await db.execute("ANALYZE")
+                    for place in range(number)
+                ]
                 account_id = await accounts.find("acme")
                 assert account_id is not None
             identity = await installation.tokens.verify(installation.tokens.mint(subject(ALICE), timedelta(hours=6)))
-            with worker(environ | {"SSL_CERT_FILE": str(trusted)}):
+            with command("worker", environ | {"SSL_CERT_FILE": str(trusted)}) as pid:
+                receivers.expect(1)
+                with database.bind():
+                    await endpoints.ping(None, made[-1].endpoint.id)
+                await receivers.heard()  # so that the worker's start is not measured
                 yield Side(
                     healthy=number - hanging,
                     database=database,
                     call=Call(identity=identity, installation=installation),
                     account_id=account_id,
+                    worker=pid,
                 )
         finally:
             await database.close()
@@ -184,17 +196,19 @@ async def bench(server: PostgresServer, environ: dict[str, str], *, number: int,
             for side in sides:  # in turn, so that whatever else the machine does meets both alike
                 await side.measure(receivers)
     all_answer, some_hang = sides
-    print(f"\n{number:,} endpoints, {rounds} transitions, one worker; milliseconds from the commit\n")
-    print(f"{'of them hang':<36} {0:>11,} {hanging:>11,} {'ratio':>7}")
-    for title, figure in (
+    print(f"\n{number:,} endpoints, {rounds} transitions, one worker; milliseconds, from the commit on\n")
+    print(f"{'of them hang':<38} {0:>11,} {hanging:>11,} {'ratio':>7}")
+    figures: list[tuple[str, Callable[[Side], float]]] = [
         ("the transition itself, median", lambda side: statistics.median(side.transitions)),
         ("a healthy one has heard, median", lambda side: _share(side.rounds, 0.5)),
         ("a healthy one has heard, 95 %", lambda side: _share(side.rounds, 0.95)),
         ("the last has heard, median round", lambda side: statistics.median(one[-1] for one in side.rounds)),
         ("the last has heard, slowest round", lambda side: max(one[-1] for one in side.rounds)),
-    ):
+        ("CPU of the worker for each that heard", lambda side: side.cpu_seconds / rounds / side.healthy),
+    ]
+    for title, figure in figures:
         one, other = 1000 * figure(all_answer), 1000 * figure(some_hang)
-        print(f"{title:<36} {one:>11,.1f} {other:>11,.1f} {other / one:>7.2f}")
+        print(f"{title:<38} {one:>11,.1f} {other:>11,.1f} {other / one:>7.2f}")
 
 
 def _share(rounds: Sequence[Sequence[float]], share: float) -> float:
