@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from app import breaker, db, deletion, enforcement, outbox, timers
+from app import breaker, db, deletion, enforcement, outbox, timers, webhooks
 from app.auth import Installation
 from app.policy import Policy
 from app.timers import BEGIN_DELETION, Backlog
@@ -23,6 +23,9 @@ class Name(StrEnum):
     DEAD_LETTERS = "dead_letters"
     MESSAGES_OVERDUE = "messages_overdue"
     ENFORCEMENT_LATE = "enforcement_late"
+    WEBHOOKS_OVERDUE = "webhooks_overdue"
+    DEAD_WEBHOOKS = "dead_webhooks"
+    ENDPOINTS_GONE = "endpoints_gone"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,7 @@ async def current(installation: Installation) -> list[Alarm]:
         await _timers_overdue(policy),
         *await _messages(),
         await _enforcement_late(policy),
+        *await _webhooks(),
     ]
     return [alarm for alarm in found if alarm is not None]
 
@@ -118,6 +122,30 @@ async def _enforcement_late(policy: Policy) -> Alarm | None:
     )
     since = min(one.late_since for one in late if one.late_since is not None)
     return Alarm(name=Name.ENFORCEMENT_LATE, message=message, since=since)
+
+
+async def _webhooks() -> list[Alarm]:
+    depth, endpoints = await webhooks.depth(), await webhooks.count_endpoints()
+    found = []
+    if depth.late_endpoints:
+        message = (
+            f"{_counted(depth.late_endpoints, 'endpoint')} did not take what was promised more than an hour ago. Does "
+            "a worker run? `sunset webhooks deliveries --state pending` says what they answer."
+        )
+        found.append(Alarm(name=Name.WEBHOOKS_OVERDUE, message=message, since=depth.oldest_at))
+    if depth.dead_lately:
+        message = (
+            f"{_counted(depth.dead_lately, 'webhook')} given up within a day. `sunset webhooks deliveries --state "
+            "dead` says why; deliver them again with `sunset webhooks redeliver`."
+        )
+        found.append(Alarm(name=Name.DEAD_WEBHOOKS, message=message, since=depth.dead_lately_at))
+    if endpoints.gone:
+        message = (
+            f"{_counted(endpoints.gone, 'endpoint')} disabled by their answer, 410 Gone. Enable each again, or disable "
+            "it by hand: `sunset webhooks enable`, `sunset webhooks disable`."
+        )
+        found.append(Alarm(name=Name.ENDPOINTS_GONE, message=message, since=endpoints.gone_at))
+    return found
 
 
 def _counted(count: int, noun: str) -> str:

@@ -177,7 +177,20 @@ _QUIET: Mapping[alarms.Name, str] = {
     alarms.Name.DEAD_LETTERS: "none",
     alarms.Name.MESSAGES_OVERDUE: "none",
     alarms.Name.ENFORCEMENT_LATE: "none",
+    alarms.Name.WEBHOOKS_OVERDUE: "none",
+    alarms.Name.DEAD_WEBHOOKS: "none",
+    alarms.Name.ENDPOINTS_GONE: "none",
 }
+
+_OF_OTHERS = frozenset(
+    {
+        alarms.Name.DEAD_LETTERS,
+        alarms.Name.WEBHOOKS_OVERDUE,
+        alarms.Name.DEAD_WEBHOOKS,
+        alarms.Name.ENDPOINTS_GONE,
+    }
+)
+"""What servers of others refuse is no fault of the installation."""
 
 
 async def _alarms(shared: Installation) -> list[Check]:
@@ -186,7 +199,7 @@ async def _alarms(shared: Installation) -> list[Check]:
     for name, quiet in _QUIET.items():
         if name not in ringing:
             checks.append(_ok(name, quiet))
-        elif name is alarms.Name.DEAD_LETTERS:
+        elif name in _OF_OTHERS:
             checks.append(_warn(name, ringing[name].message))
         else:
             checks.append(_fail(name, ringing[name].message))

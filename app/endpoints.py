@@ -142,7 +142,7 @@ async def disable(by: Call | None, endpoint_id: UUID | None) -> EndpointView:
     """Tell it nothing any more. What it was promised waits for it to be enabled, four days at most."""
     async with _managing(by):
         endpoint = await _locked(endpoint_id)
-        await webhooks.disable(endpoint.id, "It was disabled by hand.")
+        await webhooks.disable(endpoint.id, webhooks.BY_HAND)
         return await _found(endpoint.id)
 
 

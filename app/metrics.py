@@ -85,6 +85,18 @@ _subscriptions_ended = Counter(
     ["reason"],
     registry=REGISTRY,
 )
+_webhook_tries = Counter(
+    "sunset_webhook_tries",
+    "Webhooks sent, by type of event and result: delivered, failed (to be tried again), dead.",
+    ["event", "result"],
+    registry=REGISTRY,
+)
+_webhook_seconds = Histogram(
+    "sunset_webhook_seconds",
+    "Seconds that one exchange with a receiver of webhooks took.",
+    buckets=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15),
+    registry=REGISTRY,
+)
 _timer_latency = Histogram(
     "sunset_timer_latency_seconds",
     "Seconds from the time that something was due to when it was done.",
@@ -141,6 +153,12 @@ def subscription_ended(reason: str) -> None:
     """A subscription is over: its client has left it, or an error of that code has ended it."""
     _subscriptions.dec()
     _subscriptions_ended.labels(reason).inc()
+
+
+def webhook(event: str, result: Literal["delivered", "failed", "dead"], seconds: float) -> None:
+    """One exchange with a receiver has ended so, and the delivery's row says it."""
+    _webhook_tries.labels(event, result).inc()
+    _webhook_seconds.observe(seconds)
 
 
 def timer_done(timer: str, late: timedelta) -> None:

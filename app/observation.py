@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 from prometheus_client.core import GaugeMetricFamily
 
-from app import breaker, db, deletion, enforcement, errors, outbox, timers
+from app import breaker, db, deletion, enforcement, errors, outbox, timers, webhooks
 from app.auth import Installation
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -34,6 +34,7 @@ async def _read(installation: Installation) -> list[GaugeMetricFamily]:
     return [
         *await _clock(),
         *await _outbox(),
+        *await _webhooks(),
         *await _timers(installation),
         *await _deletions(installation),
         await _enforcement(installation),
@@ -87,6 +88,35 @@ async def _outbox() -> list[GaugeMetricFamily]:
             "How long ago the oldest dead letter was given up; 0 when there is none.",
             _since(depth.oldest_dead_at, depth.now),
         ),
+    ]
+
+
+async def _webhooks() -> list[GaugeMetricFamily]:
+    depth, endpoints = await webhooks.depth(), await webhooks.count_endpoints()
+    deliveries = GaugeMetricFamily(
+        "sunset_webhook_deliveries",
+        "Webhooks that are not delivered: due now, waiting for their next try, held back behind an endpoint that fails "
+        "or is disabled, claimed by a worker, or dead letters.",
+        labels=["state"],
+    )
+    for state in ("due", "waiting", "held", "claimed", "dead"):
+        deliveries.add_metric([state], getattr(depth, state))
+    kinds = GaugeMetricFamily(
+        "sunset_webhook_endpoints",
+        "Endpoints: working, failing, paused after several failures, gone (they disabled themselves), disabled by "
+        "hand.",
+        labels=["state"],
+    )
+    for state in ("working", "failing", "paused", "gone", "disabled"):
+        kinds.add_metric([state], getattr(endpoints, state))
+    return [
+        deliveries,
+        _gauge(
+            "sunset_webhook_oldest_age_seconds",
+            "Age of the oldest webhook that an enabled endpoint has not taken; 0 when there is none.",
+            _since(depth.oldest_at, depth.now),
+        ),
+        kinds,
     ]
 
 

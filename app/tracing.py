@@ -1,4 +1,4 @@
-"""Traces, where the operator wants them: a request, its SQL, and the emails that it leads to are one trace.
+"""Traces, where the operator wants them: a request, its SQL, and the emails and webhooks it leads to are one trace.
 
     async with tracing.exporting(settings.otlp_endpoint):
         ...
@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import uuid4
 
 if TYPE_CHECKING:
@@ -204,8 +204,11 @@ class Statements:
 
 
 @contextmanager
-def delivery(template: str, *, message_id: str, attempt: int, parent: str | None) -> Iterator[None]:
-    """The block tries to deliver a message, which was promised in the trace of `parent`."""
+def delivery(
+    what: str, *, channel: Literal["outbox", "webhooks"], message_id: str, attempt: int, parent: str | None
+) -> Iterator[None]:
+    """The block tries to deliver a message, which was promised in the trace of `parent`. `what`: its template, or the
+    type of the event that it tells of."""
     if _tracer is None:
         yield
         return
@@ -213,14 +216,14 @@ def delivery(template: str, *, message_id: str, attempt: int, parent: str | None
 
     attributes: dict[str, str | int] = {
         "messaging.system": "sunset",
-        "messaging.destination.name": "outbox",
+        "messaging.destination.name": channel,
         "messaging.operation.name": "deliver",
         "messaging.operation.type": "process",
         "messaging.message.id": message_id,
-        "sunset.template": template,
+        "sunset.template" if channel == "outbox" else "sunset.event": what,
         "sunset.attempt": attempt,
     }
-    with _span(f"deliver {template}", SpanKind.CONSUMER, attributes, _continuing(parent)):
+    with _span(f"deliver {what}", SpanKind.CONSUMER, attributes, _continuing(parent)):
         yield
 
 

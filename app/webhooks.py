@@ -13,12 +13,12 @@ import random
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Literal, Self
 from uuid import UUID
 
 import orjson
 
-from app import db, events, outbox
+from app import db, events, outbox, tracing
 from app.events import Event
 from app.lifecycle import TransitionType
 from app.models import WebhookDelivery
@@ -50,6 +50,12 @@ LONGEST_RETRY_AFTER = timedelta(hours=1)
 KEPT = timedelta(days=30)
 """How long a delivery can be looked up, and delivered again."""
 
+GONE = "It answered 410 Gone."
+BY_HAND = "It was disabled by hand."
+"""Why an endpoint is disabled."""
+
+_COUNTED = 100_000
+
 _OPEN = "delivered_at IS NULL AND dead_at IS NULL"
 """Not settled."""
 
@@ -66,10 +72,10 @@ async def put(event: Event) -> None:
     """Promise the event to each endpoint that is enabled and wants its type, within the open transaction."""
     put_rows = await db.execute(
         "INSERT INTO webhook_delivery (id, endpoint_id, account_id, sequence, epoch, type, payload, created_at, "
-        "queued_at, due_at, attempts) "
+        "queued_at, due_at, attempts, traceparent) "
         f"SELECT {db.random_uuid_sql()}, e.id, CAST($1 AS {_UUID[db.dialect()]}), CAST($2 AS INTEGER), "
         f"CAST($3 AS INTEGER), CAST($4 AS VARCHAR(64)), CAST($5 AS TEXT), {db.now_sql()}, {db.now_sql()}, "
-        f"{db.now_sql()}, 0 FROM webhook_endpoint e "
+        f"{db.now_sql()}, 0, CAST($7 AS VARCHAR(64)) FROM webhook_endpoint e "
         "WHERE e.disabled_at IS NULL AND (e.event_types = '' OR ' ' || e.event_types || ' ' LIKE $6 ESCAPE '!')",
         event.account_id,
         event.sequence,
@@ -77,6 +83,7 @@ async def put(event: Event) -> None:
         event.type.value,
         orjson.dumps(events.body(event)).decode(),
         f"% {event.type.value.replace('_', '!_')} %",
+        tracing.traceparent(),
     )
     if put_rows:
         await db.notify(CHANNEL)
@@ -98,6 +105,7 @@ async def put_ping(endpoint_id: UUID) -> UUID:
         queued_at=now,
         due_at=now,
         attempts=0,
+        traceparent=tracing.traceparent(),
     )
     await db.notify(CHANNEL)
     return id_
@@ -123,6 +131,8 @@ class Claimed:
     attempt: int
     signed_at: datetime
     """By the database's own clock, which is the receivers': a development clock runs ahead of theirs."""
+    traceparent: str | None
+    """The trace in which it was promised."""
 
 
 _DUE = (
@@ -187,6 +197,7 @@ async def claim(limit: int, *, kept_free: int = 0) -> list[Claimed]:
             queued_at=db.as_datetime(row["queued_at"]),
             attempt=row["attempts"],
             signed_at=signed_at,
+            traceparent=row["traceparent"],
         )
         for row in sorted(rows, key=lambda row: (row["queued_at"], str(row["id"])))
         if (endpoint := endpoints[db.as_uuid(row["endpoint_id"])])
@@ -206,32 +217,33 @@ class Outcome:
     """How long the receiver asked to be left alone."""
 
 
-async def settle(delivery: Claimed, outcome: Outcome) -> bool:
-    """Note what came of a try: delivered, another try later, or a dead letter; and what it says of the endpoint.
-    False when the lease was lost meanwhile: then nothing is noted."""
+Result = Literal["delivered", "failed", "dead"]
+"""What came of a try; what failed is tried again."""
+
+
+async def settle(delivery: Claimed, outcome: Outcome) -> Result | None:
+    """Note what came of a try, and what it says of the endpoint. None when the lease was lost meanwhile: then nothing
+    is noted."""
     now = await db.now()
     told = (outcome.status, round(outcome.latency / timedelta(milliseconds=1)), outcome.error)
+    result: Result
     if outcome.error is None:
-        kept = await _settle(delivery, f"delivered_at = $6{_EMPTIED}", *told, now)
-        if kept:
-            await db.execute(
-                "UPDATE webhook_endpoint SET failures = 0, paused_until = NULL WHERE id = $1 AND failures > 0",
-                delivery.endpoint_id,
-            )
-        return kept
-    if is_last(delivery, outcome, now):
-        kept = await _settle(delivery, f"dead_at = $6{_EMPTIED}", *told, now)
+        result, kept = "delivered", await _settle(delivery, f"delivered_at = $6{_EMPTIED}", *told, now)
+    elif outcome.gone or now >= delivery.queued_at + TRIED_FOR:
+        result, kept = "dead", await _settle(delivery, f"dead_at = $6{_EMPTIED}", *told, now)
     else:
         wait = max(outbox.backoff(delivery.attempt), _asked_for(outcome))
-        kept = await _settle(delivery, "due_at = $6", *told, now + wait)
-    if kept:
+        result, kept = "failed", await _settle(delivery, "due_at = $6", *told, now + wait)
+    if not kept:
+        return None
+    if result == "delivered":
+        await db.execute(
+            "UPDATE webhook_endpoint SET failures = 0, paused_until = NULL WHERE id = $1 AND failures > 0",
+            delivery.endpoint_id,
+        )
+    else:
         await _note_failure(delivery.endpoint_id, outcome, now)
-    return kept
-
-
-def is_last(delivery: Claimed, outcome: Outcome, now: datetime) -> bool:
-    """Whether a failure of this try makes it a dead letter."""
-    return outcome.gone or now >= delivery.queued_at + TRIED_FOR
+    return result
 
 
 def _asked_for(outcome: Outcome) -> timedelta:
@@ -247,7 +259,7 @@ async def _note_failure(endpoint_id: UUID, outcome: Outcome, now: datetime) -> N
     if pause:
         await db.execute("UPDATE webhook_endpoint SET paused_until = $2 WHERE id = $1", endpoint_id, now + pause)
     if outcome.gone:
-        await disable(endpoint_id, "It answered 410 Gone.")
+        await disable(endpoint_id, GONE)
 
 
 def _pause(failures: int) -> timedelta:
@@ -317,6 +329,102 @@ async def next_due() -> datetime | None:
     return min(times, default=None)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Depth:
+    """How many deliveries are not made, at `now`, and since when."""
+
+    now: datetime
+    due: int
+    """To endpoints that do not fail."""
+    waiting: int
+    """For the time of their next try."""
+    held: int
+    """Due, and behind an endpoint that fails, is paused or is disabled."""
+    claimed: int
+    """By workers, which make them just now."""
+    oldest_at: datetime | None
+    """When the oldest of those to enabled endpoints was promised."""
+    late_endpoints: int
+    """Enabled ones that something waits for since `LATE`."""
+    dead: int
+    dead_lately: int
+    """Given up in the last day, though the endpoint is enabled."""
+    dead_lately_at: datetime | None
+
+
+LATE = timedelta(hours=1)
+
+
+async def depth() -> Depth:
+    """How full it is. Of more than 100,000 deliveries that are not settled, the first to be due are counted."""
+    now = await db.now()
+    row = await db.fetch_one(
+        "SELECT COUNT(CASE WHEN due_at <= $1 AND failures = 0 AND enabled THEN 1 END) AS due, "
+        "COUNT(CASE WHEN due_at <= $1 AND NOT (failures = 0 AND enabled) THEN 1 END) AS held, "
+        "COUNT(CASE WHEN due_at > $1 AND lease IS NULL THEN 1 END) AS waiting, "
+        "COUNT(CASE WHEN due_at > $1 AND lease IS NOT NULL THEN 1 END) AS claimed, "
+        "MIN(CASE WHEN enabled THEN queued_at END) AS oldest_at, "
+        "COUNT(DISTINCT CASE WHEN enabled AND queued_at <= $2 THEN endpoint_id END) AS late_endpoints "
+        "FROM (SELECT d.endpoint_id, d.due_at, d.lease, d.queued_at, e.failures, e.disabled_at IS NULL AS enabled "
+        f"FROM (SELECT * FROM webhook_delivery WHERE {_OPEN_OF_ALL} ORDER BY due_at LIMIT {_COUNTED}) d "
+        "JOIN webhook_endpoint e ON e.id = d.endpoint_id) counted",
+        now,
+        now - LATE,
+    )
+    dead = await db.fetch_one(
+        "SELECT COUNT(*) AS dead, COUNT(CASE WHEN dead_at > $1 AND enabled THEN 1 END) AS dead_lately, "
+        "MIN(CASE WHEN dead_at > $1 AND enabled THEN dead_at END) AS dead_lately_at "
+        "FROM (SELECT d.dead_at, e.disabled_at IS NULL AS enabled FROM (SELECT * FROM webhook_delivery "
+        f"WHERE dead_at IS NOT NULL ORDER BY dead_at DESC LIMIT {_COUNTED}) d "
+        "JOIN webhook_endpoint e ON e.id = d.endpoint_id) counted",
+        now - timedelta(days=1),
+    )
+    assert row is not None
+    assert dead is not None
+    return Depth(
+        now=now,
+        due=row["due"],
+        waiting=row["waiting"],
+        held=row["held"],
+        claimed=row["claimed"],
+        oldest_at=db.as_datetime(row["oldest_at"]),
+        late_endpoints=row["late_endpoints"],
+        dead=dead["dead"],
+        dead_lately=dead["dead_lately"],
+        dead_lately_at=db.as_datetime(dead["dead_lately_at"]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Endpoints:
+    """How many endpoints there are of each kind; each is of one."""
+
+    working: int
+    failing: int
+    paused: int
+    gone: int
+    """Disabled by a 410 that nobody has looked at."""
+    gone_at: datetime | None
+    """The first of these."""
+    disabled: int
+    """By hand."""
+
+
+async def count_endpoints() -> Endpoints:
+    row = await db.fetch_one(
+        "SELECT COUNT(CASE WHEN disabled_at IS NULL AND failures = 0 THEN 1 END) AS working, "
+        "COUNT(CASE WHEN disabled_at IS NULL AND failures > 0 AND (paused_until IS NULL OR paused_until <= $1) "
+        "THEN 1 END) AS failing, "
+        "COUNT(CASE WHEN disabled_at IS NULL AND failures > 0 AND paused_until > $1 THEN 1 END) AS paused, "
+        f"COUNT(CASE WHEN disabled_reason = '{GONE}' THEN 1 END) AS gone, "
+        f"MIN(CASE WHEN disabled_reason = '{GONE}' THEN disabled_at END) AS gone_at, "
+        f"COUNT(CASE WHEN disabled_reason <> '{GONE}' THEN 1 END) AS disabled FROM webhook_endpoint",
+        await db.now(),
+    )
+    assert row is not None
+    return Endpoints(**{**row, "gone_at": db.as_datetime(row["gone_at"])})
+
+
 # ------------------------------------------------------------------------------------------------------- endpoints
 
 
@@ -382,9 +490,11 @@ async def endpoints(*, after: tuple[Any, ...] | None, limit: int) -> list[Endpoi
 
 
 async def disable(endpoint_id: UUID, reason: str) -> None:
-    """Deliver nothing to it any more, and promise it nothing; what it was promised waits, and is given up in time."""
+    """Deliver nothing to it any more, and promise it nothing; what it was promised waits, and is given up in time. By
+    hand also what is disabled already: then somebody knows."""
     await db.execute(
-        "UPDATE webhook_endpoint SET disabled_at = $2, disabled_reason = $3 WHERE id = $1 AND disabled_at IS NULL",
+        "UPDATE webhook_endpoint SET disabled_at = COALESCE(disabled_at, $2), disabled_reason = $3 "
+        f"WHERE id = $1 AND (disabled_at IS NULL OR disabled_reason = '{GONE}')",
         endpoint_id,
         await db.now(),
         reason,
@@ -499,9 +609,10 @@ async def again(delivery_id: UUID) -> bool:
     now = await db.now()
     changed = await db.execute(
         "UPDATE webhook_delivery SET due_at = $1, queued_at = $1, attempts = 0, delivered_at = NULL, dead_at = NULL, "
-        "lease = NULL WHERE id = $2 AND payload <> '' AND (lease IS NULL OR due_at <= $1)",
+        "lease = NULL, traceparent = $3 WHERE id = $2 AND payload <> '' AND (lease IS NULL OR due_at <= $1)",
         now,
         delivery_id,
+        tracing.traceparent(),
     )
     if changed:
         await db.notify(CHANNEL)

@@ -241,6 +241,7 @@ class Worker:
             try:
                 with tracing.delivery(
                     message.template,
+                    channel="outbox",
                     message_id=message.message_id,
                     attempt=message.attempt,
                     parent=message.traceparent,
@@ -295,7 +296,14 @@ class Worker:
             event=delivery.type,
         ):
             try:
-                await self._exchange(delivery)
+                with tracing.delivery(
+                    delivery.type,
+                    channel="webhooks",
+                    message_id=ids.encode(ids.Kind.WEBHOOK_DELIVERY, delivery.id),
+                    attempt=delivery.attempt,
+                    parent=delivery.traceparent,
+                ):
+                    await self._exchange(delivery)
             except Unavailable:
                 _log.warning("worker.not_settled", reason="the database is away; the lease will lapse")
             except Exception:
@@ -315,7 +323,9 @@ class Worker:
         except asyncio.CancelledError:  # The grace period is over; a copy that got through has the same webhook-id.
             await webhooks.release(delivery)
             raise
-        kept = await webhooks.settle(
+        if answer.error is not None:
+            tracing.failed(str(answer.status or "no answer"))
+        result = await webhooks.settle(
             delivery,
             webhooks.Outcome(
                 status=answer.status,
@@ -325,11 +335,13 @@ class Worker:
                 retry_after=answer.retry_after,
             ),
         )
+        if result is not None:
+            metrics.webhook(delivery.type, result, answer.latency.total_seconds())
         _log.info(
             "webhook.delivered" if answer.error is None else "webhook.failed",
             attempt=delivery.attempt,
             status=answer.status,
-            lease_kept=kept,
+            lease_kept=result is not None,
         )
 
 

@@ -20,7 +20,7 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app import breaker, db, history, main, metrics, observation, outbox
+from app import breaker, db, endpoints, history, main, metrics, observation, outbox, webhooks
 from app.db import Database
 from app.lifecycle import SYSTEM, AccountStatus, TransitionType
 from app.observation import observe
@@ -30,6 +30,7 @@ from tests import cast
 from tests.actions.test_outbox import promise
 from tests.cast import ALICE, BILLING, BOB, Stage
 from tests.enforcing import LOGIN, MAILER, acknowledge, obeyed
+from tests.delivery.webhook_server import receiving, says
 from tests.postgres import PostgresServer
 from tests.rules.test_settings import PRODUCTION
 
@@ -250,6 +251,63 @@ async def test_the_outbox_by_state_and_age(house: Stage) -> None:
     assert later[series("sunset_clock_offset_seconds")] == days
 
 
+async def test_webhooks_by_state_and_age_and_their_endpoints(house: Stage) -> None:
+    async with receiving() as receiver:
+        made = [
+            (
+                await endpoints.create(
+                    None, house.installation.receivers, url=receiver.url, description=None, event_types=None
+                )
+            ).endpoint.id
+            for _ in range(6)
+        ]
+        answers = (
+            says("204 No Content"),
+            *(says("500 Oops") for _ in range(webhooks.BREAKS_AFTER + 1)),
+            says("410 Gone"),
+        )
+        asked = (made[0], *[made[1]] * webhooks.BREAKS_AFTER, made[2], made[3])
+        async with Counted(house) as counted:
+            for endpoint_id, answer in zip(asked, answers, strict=True):
+                receiver.answer = answer
+                await endpoints.ping(None, endpoint_id)
+                await house.letters()
+    assert counted.of("sunset_webhook_tries_total") == {
+        ("webhook.ping", "delivered"): 1,
+        ("webhook.ping", "failed"): webhooks.BREAKS_AFTER + 1,
+        ("webhook.ping", "dead"): 1,
+    }
+    assert counted.of("sunset_webhook_seconds_count") == {(): len(asked)}
+    for endpoint_id in (made[0], made[1], made[4]):
+        await endpoints.ping(None, endpoint_id)
+    await endpoints.disable(None, made[4])
+    (claimed,) = await webhooks.claim(1)
+    assert claimed.endpoint_id == made[0]
+    await endpoints.ping(None, made[0])
+    seen = await scrape(house.client)
+    states = ("due", "waiting", "held", "claimed", "dead")
+    assert {one: seen[series("sunset_webhook_deliveries", state=one)] for one in states} == {
+        "due": 1,
+        "waiting": webhooks.BREAKS_AFTER + 1,
+        "held": 2,
+        "claimed": 1,
+        "dead": 1,
+    }
+    kinds = ("working", "failing", "paused", "gone", "disabled")
+    assert {one: seen[series("sunset_webhook_endpoints", state=one)] for one in kinds} == {
+        "working": 2,
+        "failing": 1,
+        "paused": 1,
+        "gone": 1,
+        "disabled": 1,
+    }
+    assert 0 <= seen[series("sunset_webhook_oldest_age_seconds")] < 60
+    await db.advance_clock(timedelta(hours=1))
+    later = await scrape(house.client)
+    assert 3_600 <= later[series("sunset_webhook_oldest_age_seconds")] < 3_660
+    assert later[series("sunset_webhook_endpoints", state="paused")] == 0, "the pause is over"
+
+
 async def test_timers_holds_and_deletions(house: Stage) -> None:
     quiet = await scrape(house.client)
     for timer in TIMERS:
@@ -357,14 +415,21 @@ async def test_what_is_not_due_is_not_looked_at(sqlite_database: Database, tmp_p
         passing = sql.count("status = 'PENDING_") + sql.count("status = 'DELETING'")
         for row in await db.fetch(f"EXPLAIN QUERY PLAN {sql}", *args):
             found = re.match(r"(?:SCAN|SEARCH) (\w+)(?:.* INDEX (\w+))?", row["detail"])
-            if found is None or found[1] not in tables - {"clock_offset", "deletion_breaker"}:
+            if found is None or found[1] not in tables - {"clock_offset", "deletion_breaker", "webhook_endpoint"}:
                 continue
             used[found[1]] += 1
             if found[2] not in partial:
                 assert "(status=?)" in row["detail"], (sql, row["detail"])
                 passing -= 1
         assert passing >= 0, sql
-    assert used.keys() >= {"account", "outbox", "cancellation_request", "deletion_step", "enforcement"}
+    assert used.keys() >= {
+        "account",
+        "outbox",
+        "webhook_delivery",
+        "cancellation_request",
+        "deletion_step",
+        "enforcement",
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ who may look

@@ -5,11 +5,12 @@ from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx2
 import pytest
 
-from app import db, main, outbox, policy
+from app import db, endpoints, main, outbox, policy, webhooks
 from app.alarms import Name
 from app.db import Database
 from app.errors import Unavailable
@@ -152,6 +153,63 @@ async def test_a_system_that_does_not_obey_in_time_is_told_until_it_does(databas
         assert "by login (1 account)" in (await alarms(house))[Name.ENFORCEMENT_LATE]["message"]
         await acknowledge(house, LOGIN, 1)
         assert await alarms(house) == {}
+
+
+async def endpoint(house: Stage) -> UUID:
+    made = await endpoints.create(
+        None, house.installation.receivers, url="https://hooks.example.com/", description=None, event_types=None
+    )
+    return made.endpoint.id
+
+
+async def test_a_webhook_that_nobody_takes_for_an_hour_is_told_unless_its_endpoint_is_disabled(house: Stage) -> None:
+    endpoint_id = await endpoint(house)
+    await endpoints.ping(None, endpoint_id)
+    (claimed,) = await webhooks.claim(9)
+    await db.advance_clock(timedelta(minutes=59))
+    assert await alarms(house) == {}
+    await db.advance_clock(timedelta(minutes=2))
+    found = await alarms(house)
+    assert set(found) == {Name.WEBHOOKS_OVERDUE}
+    assert found[Name.WEBHOOKS_OVERDUE]["message"].startswith("1 endpoint did not take")
+    assert datetime.fromisoformat(found[Name.WEBHOOKS_OVERDUE]["since"]) == claimed.queued_at
+    await endpoints.disable(None, endpoint_id)
+    assert await alarms(house) == {}
+    await endpoints.enable(None, endpoint_id)
+    assert set(await alarms(house)) == {Name.WEBHOOKS_OVERDUE}
+    (claimed,) = await webhooks.claim(9)
+    await webhooks.settle(claimed, webhooks.Outcome(status=204, latency=timedelta(), error=None))
+    assert await alarms(house) == {}
+
+
+async def test_a_webhook_that_is_given_up_is_told_for_a_day(house: Stage) -> None:
+    endpoint_id = await endpoint(house)
+    await endpoints.ping(None, endpoint_id)
+    await db.advance_clock(webhooks.TRIED_FOR)
+    (claimed,) = await webhooks.claim(9)
+    assert await webhooks.settle(claimed, webhooks.Outcome(status=500, latency=timedelta(), error="answered 500"))
+    found = await alarms(house)
+    assert set(found) == {Name.DEAD_WEBHOOKS}
+    assert found[Name.DEAD_WEBHOOKS]["message"].startswith("1 webhook given up")
+    await db.advance_clock(timedelta(hours=25))
+    assert await alarms(house) == {}
+
+
+async def test_an_endpoint_that_disables_itself_is_told_until_somebody_decides(house: Stage) -> None:
+    for decide in (endpoints.disable, endpoints.enable):
+        endpoint_id = await endpoint(house)
+        await endpoints.ping(None, endpoint_id)
+        (claimed,) = await webhooks.claim(9)
+        await webhooks.settle(
+            claimed, webhooks.Outcome(status=410, latency=timedelta(), error="answered 410", gone=True)
+        )
+        found = await alarms(house)
+        assert set(found) == {Name.ENDPOINTS_GONE}
+        assert found[Name.ENDPOINTS_GONE]["message"].startswith("1 endpoint disabled by")
+        at = (await decide(None, endpoint_id)).disabled_at
+        assert at is None or at == datetime.fromisoformat(found[Name.ENDPOINTS_GONE]["since"])
+        assert Name.ENDPOINTS_GONE not in await alarms(house)
+        await db.advance_clock(timedelta(hours=25))
 
 
 async def test_a_schema_that_is_not_migrated_is_not_ready(house: Stage) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from app import db, tracing
+from app import db, endpoints, tracing
 from app.db import Database
 from app.models import Staff
 from tests import cast
 from tests.cast import ALICE, BILLING, Stage, subject
+from tests.delivery.webhook_server import receiving, says
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -229,6 +231,46 @@ async def test_a_failed_delivery_is_told_and_the_next_one_joins_the_same_trace(
     assert tries[0].attributes["error.type"]
     [confirmed] = collector.named("mutation confirmCancellation")
     assert {(span.trace, span.parent) for span in tries} == {(confirmed.trace, confirmed.id)}
+
+
+async def test_the_webhooks_of_a_request_are_in_its_trace(
+    database: Database, tmp_path: Path, collector: Collector
+) -> None:
+    """Each try of each; and what is delivered again is in the trace of who asked for that."""
+    async with receiving(says("503 Later")) as receiver, traced(database, tmp_path, collector.endpoint) as house:
+        await endpoints.create(
+            None, house.installation.receivers, url=receiver.url, description=None, event_types=["account.canceled"]
+        )
+        await house.cancel()
+        await house.letters()
+        receiver.answer = says("204 No Content")
+        await db.advance_clock(timedelta(minutes=1))
+        await house.letters()
+        webhook_id = receiver.requests[0].headers["webhook-id"]
+        done = await house.do(BILLING, "redeliverWebhook", deliveryId=webhook_id)
+        assert done["__typename"] == "RedeliverWebhookSuccess"
+        await house.letters()
+        assert len(receiver.requests) == 3
+    confirmed, asked_again = collector.one("mutation confirmCancellation"), collector.one("mutation redeliverWebhook")
+    tries = collector.named("deliver account.canceled")
+    assert [(span.parent, span.kind, span.failed) for span in tries] == [
+        (confirmed.id, CONSUMER, True),
+        (confirmed.id, CONSUMER, False),
+        (asked_again.id, CONSUMER, False),
+    ]
+    assert [span.trace for span in tries] == [confirmed.trace, confirmed.trace, asked_again.trace]
+    assert tries[0].attributes == {
+        "messaging.system": "sunset",
+        "messaging.destination.name": "webhooks",
+        "messaging.operation.name": "deliver",
+        "messaging.operation.type": "process",
+        "messaging.message.id": webhook_id,
+        "sunset.event": "account.canceled",
+        "sunset.attempt": 1,
+        "error.type": "503",
+    }
+    assert {span.name for span in below(collector.spans(), tries[0])} >= {"UPDATE webhook_delivery"}
+    assert receiver.url.encode() not in b"".join(collector.bodies)
 
 
 async def test_a_message_that_nobody_asked_for_begins_a_trace(

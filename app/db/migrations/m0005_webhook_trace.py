@@ -7,12 +7,10 @@ from tortoise.migrations import Migration as TortoiseMigration
 from tortoise.migrations.schema_editor.base import BaseSchemaEditor
 
 from app.db import rules
-from app.db.rules import Check, text
+from app.db.rules import text
 
 ADDED = [AddField("WebhookDelivery", "traceparent", text(64, null=True))]
 _TABLE_OF = {"WebhookDelivery": "webhook_delivery"}
-
-CHECKS: list[Check] = []
 
 # Nearly always nothing is open, and so PostgreSQL takes an index of what is open for empty and any of them for as good
 # as the one that a statement is meant for. One transition later it reads a thousand rows for each of a thousand
