@@ -1,5 +1,6 @@
 """Webhook endpoints by the API: who manages them, what is refused, and what can be seen of the deliveries."""
 
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -12,6 +13,7 @@ from app.graphql.nodes import Kind
 from app.lifecycle import Scope, TransitionType
 from app.tokens import DEVELOPMENT_ISSUER
 from tests.cast import ALICE, BILLING, CSM, GATEKEEPER, SUPPORT, Stage, subject
+from tests.delivery.certificates import self_signed
 from tests.delivery.webhook_server import receiving, says
 
 INTEGRATOR = "integrator"
@@ -86,6 +88,17 @@ async def test_what_fails_is_seen_with_its_next_try(house: Stage) -> None:
     for nothing in ({"states": ["DEAD", "DELIVERED"]}, {"endpointId": "x"}, {"accountId": made["endpoint"]["id"]}):
         assert await deliveries(house, filter=nothing) == []
     assert await deliveries(house, filter={"accountId": await house.account_id("acme")}) == [delivery]
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_told(house: Stage, tmp_path: Path) -> None:
+    async with receiving(tls=self_signed(tmp_path, "127.0.0.1")) as receiver:
+        await create(house, url=receiver.url)
+        await house.request_cancellation()
+        await house.letters()
+        assert receiver.requests == []
+    (delivery,) = await deliveries(house)
+    assert (delivery["state"], delivery["lastStatus"]) == ("PENDING", None)
+    assert delivery["lastError"] == "its certificate is refused: self-signed certificate"
 
 
 async def test_a_key_makes_one_endpoint_and_gives_its_secret_again(house: Stage) -> None:

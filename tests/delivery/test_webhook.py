@@ -6,12 +6,14 @@ import ipaddress
 import socket
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from app.delivery.webhook import MAX_READ, Answer, Poster, signed
 from app.receivers import Receivers, Refused, is_public
+from tests.delivery.certificates import Authority, self_signed
 from tests.delivery.webhook_server import Request, receiving, says
 
 LOCAL = Receivers("127.0.0.0/8")
@@ -220,6 +222,79 @@ async def test_retry_after_is_read_in_seconds_and_as_a_date(header: str, wanted:
         assert wanted - 30 <= answer.retry_after.total_seconds() <= wanted
 
 
+# ------------------------------------------------------------------------------------------------- who they prove to be
+
+
+@pytest.fixture
+def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Authority:
+    """One that the operator trusts, as the README has it."""
+    made = Authority(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(made.certificate))
+    return made
+
+
+async def test_the_host_is_named_and_proves_to_be_it_though_the_address_is_connected_to(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, named = authority.server("hooks.internal"), []
+    certificate.sni_callback = lambda _, name, __: named.append(name)
+    async with receiving(tls=certificate) as receiver:
+        asked = answers_for_names(monkeypatch, "127.0.0.1")
+        answer = await post(f"https://hooks.internal:{receiver.port}/", receivers=Receivers("hooks.internal"))
+        assert (answer.status, answer.error) == (204, None)
+        (request,) = receiver.requests
+    assert asked == named == ["hooks.internal"]
+    assert request.headers["host"] == f"hooks.internal:{receiver.port}"
+
+
+async def test_an_address_can_have_a_certificate_too(authority: Authority) -> None:
+    async with receiving(tls=authority.server("127.0.0.1")) as receiver:
+        assert (await post(receiver.url)).error is None
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        ("other name", "Hostname mismatch, certificate is not valid for 'hooks.internal'."),
+        ("address", "Hostname mismatch, certificate is not valid for 'hooks.internal'."),
+        ("ended", "certificate has expired"),
+        ("unknown authority", "unable to get local issuer certificate"),
+        ("self-signed", "self-signed certificate"),
+    ],
+)
+async def test_who_does_not_prove_to_be_the_host_is_sent_nothing(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str, told: str
+) -> None:
+    certificate = {
+        "other name": lambda: authority.server("hooks.example.com"),
+        "address": lambda: authority.server("127.0.0.1"),
+        "ended": lambda: authority.server("hooks.internal", ended=True),
+        "unknown authority": lambda: Authority(tmp_path, "Another").server("hooks.internal"),
+        "self-signed": lambda: self_signed(tmp_path, "hooks.internal"),
+    }[problem]()
+    answers_for_names(monkeypatch, "127.0.0.1")
+    async with receiving(tls=certificate) as receiver:
+        answer = await post(f"https://hooks.internal:{receiver.port}/", receivers=Receivers("hooks.internal"))
+        assert receiver.requests == []
+    assert (answer.status, answer.error) == (None, f"its certificate is refused: {told}")
+
+
+async def test_what_speaks_no_tls_or_says_nothing_is_told(authority: Authority) -> None:
+    async def speaks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 mail.example.com ESMTP\r\n")
+        while await reader.read(1_000):
+            pass
+        writer.close()
+
+    async with await asyncio.start_server(speaks, "127.0.0.1", 0) as server:
+        answer = await post(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+    assert (answer.status, answer.error) == (None, "no TLS connection: WRONG_VERSION_NUMBER")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
+        answer = await post(url, deadline=0.3)
+    assert (answer.status, answer.error) == (None, "no complete answer within 0.3 seconds")
+
+
 # ----------------------------------------------------------------------------------------------- who is not asked
 
 
@@ -308,6 +383,18 @@ async def test_a_name_is_looked_up_once_and_what_was_checked_is_connected_to(mon
         (request,) = receiver.requests
         assert request.line == "POST /x?y=1 HTTP/1.1"
         assert request.headers["host"] == f"hooks.internal:{receiver.port}"
+
+
+async def test_of_several_addresses_the_first_that_can_be_connected_to_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with receiving() as receiver:
+        answers_for_names(monkeypatch, "127.0.0.2", "127.0.0.3", "127.0.0.1")
+        answer = await post(f"http://hooks.internal:{receiver.port}/")
+        assert answer.error is None
+        answers_for_names(monkeypatch, "127.0.0.2", "127.0.0.3")
+        answer = await post(f"http://hooks.internal:{receiver.port}/")
+        assert answer.error == "no usable answer: Connection refused"
 
 
 async def test_an_allowed_network_allows_its_names_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Receiver:
     """A running receiver. `answer` may be changed at any time."""
 
     port: int
+    scheme: str = "http"
     answer: Answer = field(default_factory=lambda: says("204 No Content"))
     requests: list[Request] = field(default_factory=list)
     open: int = 0
@@ -55,7 +57,7 @@ class Receiver:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/hooks"
+        return f"{self.scheme}://127.0.0.1:{self.port}/hooks"
 
     @property
     def events(self) -> list[dict[str, object]]:
@@ -88,9 +90,9 @@ class Receiver:
 
 
 @asynccontextmanager
-async def receiving(answer: Answer | None = None) -> AsyncIterator[Receiver]:
-    """A receiver, until the end of the block."""
-    receiver = Receiver(port=0)
+async def receiving(answer: Answer | None = None, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Receiver]:
+    """A receiver, until the end of the block; with `tls`, one that proves who it is."""
+    receiver = Receiver(port=0, scheme="https" if tls else "http")
     tasks: set[asyncio.Task[None]] = set()
 
     def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -98,7 +100,7 @@ async def receiving(answer: Answer | None = None) -> AsyncIterator[Receiver]:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1 << 20)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1 << 20, ssl=tls)
     receiver.port = server.sockets[0].getsockname()[1]
     if answer is not None:
         receiver.answer = answer
