@@ -168,42 +168,51 @@ async def ping(by: Call | None, endpoint_id: UUID | None, *, idempotency_key: st
 
     async with _managing(by):
         answer = await _once(by, "pingWebhookEndpoint", idempotency_key, {"endpoint": endpoint_id}, pinged)
-        delivery = await webhooks.delivery(UUID(answer["delivery"]))
-        if delivery is None:
-            raise errors.NotFound("delivery")  # it was so long ago that it is forgotten
-        return delivery
+        return await _delivery(UUID(answer["delivery"]))
 
 
-async def redeliver(by: Call | None, delivery_id: UUID | None) -> DeliveryView:
+async def redeliver(by: Call | None, delivery_id: UUID | None, *, idempotency_key: str | None = None) -> DeliveryView:
     """Deliver one again, whatever came of it, with the same webhook-id. `InvalidInput` while a worker has it, when its
     endpoint is disabled, and when what it said is erased."""
-    async with _managing(by):
-        delivery = None if delivery_id is None else await webhooks.delivery(delivery_id)
-        if delivery is None:
-            raise errors.NotFound("delivery")
+
+    async def made_due() -> dict[str, Any]:
+        delivery = await _delivery(delivery_id)
         await _enabled(delivery.endpoint_id)
-        if not await _again(delivery):
+        if not await _again(delivery, None):
             raise errors.InvalidInput(
                 "What it said was erased with the account's data."
                 if delivery.emptied
                 else "It is being delivered just now.",
                 field="deliveryId",
             )
-        found = await webhooks.delivery(delivery.id)
-        assert found is not None
-        return found
+        return {"delivery": str(delivery.id)}
 
-
-async def redeliver_since(by: Call | None, endpoint_id: UUID | None, since: datetime) -> int:
-    """Deliver again whatever an endpoint was promised at that time or later, `MAX_AT_ONCE` at most, with the same
-    webhook-ids. Returns how many; what a worker has just now, and what is erased, is not among them."""
     async with _managing(by):
-        endpoint = await _enabled(endpoint_id)
-    done = 0
-    for delivery in await webhooks.since(endpoint.id, since, limit=MAX_AT_ONCE):
+        answer = await _once(by, "redeliverWebhook", idempotency_key, {"delivery": delivery_id}, made_due)
+        return await _delivery(UUID(answer["delivery"]))
+
+
+async def redeliver_since(
+    by: Call | None, endpoint_id: UUID | None, since: datetime, *, idempotency_key: str | None = None
+) -> int:
+    """Deliver again whatever an endpoint was promised from that time to now, `MAX_AT_ONCE` at most, with the same
+    webhook-ids. Returns how many; what is erased is not among them, and what a worker has just now is left to it. A
+    call that repeats one with the same key, however far that came, makes due what was not."""
+
+    async def begun() -> dict[str, Any]:
+        endpoint, now = await _enabled(endpoint_id), await db.now()
+        count = len(await webhooks.since(endpoint.id, since, now, limit=MAX_AT_ONCE))
+        return {"endpoint": str(endpoint.id), "until": now.isoformat(), "count": count}
+
+    async with _managing(by):
+        values = {"endpoint": endpoint_id, "since": since}
+        answer = await _once(by, "redeliverWebhook", idempotency_key, values, begun)
+    until = datetime.fromisoformat(answer["until"])
+    for delivery in await webhooks.since(UUID(answer["endpoint"]), since, until, limit=MAX_AT_ONCE):
         async with db.transaction():
-            done += await _again(delivery)
-    return done
+            await _again(delivery, until)
+    count: int = answer["count"]
+    return count
 
 
 async def refuse_to_redeliver(by: Call | None) -> None:
@@ -212,10 +221,17 @@ async def refuse_to_redeliver(by: Call | None) -> None:
         raise errors.InvalidInput("Give `deliveryId`, or `endpointId` with `since`.", field="deliveryId")
 
 
-async def _again(delivery: DeliveryView) -> bool:
+async def _again(delivery: DeliveryView, unless_since: datetime | None) -> bool:
     if delivery.account_id is not None:
         await accounts.lock_row(delivery.account_id)
-    return await webhooks.again(delivery.id)
+    return await webhooks.again(delivery.id, unless_since)
+
+
+async def _delivery(delivery_id: UUID | None) -> DeliveryView:
+    found = None if delivery_id is None else await webhooks.delivery(delivery_id)
+    if found is None:
+        raise errors.NotFound("delivery")
+    return found
 
 
 async def _locked(endpoint_id: UUID | None) -> EndpointView:

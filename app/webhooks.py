@@ -602,30 +602,33 @@ async def page(
     return [DeliveryView.of(row) for row in rows]
 
 
-async def again(delivery_id: UUID) -> bool:
+async def again(delivery_id: UUID, unless_since: datetime | None) -> bool:
     """Make one delivery due now, delivered or not, with the same webhook-id and all its time before it. To be called
-    under its account's lock: a deletion erases what it has found settled. False for one that a worker has just now, and
-    for one whose payload is gone."""
+    under its account's lock: a deletion erases what it has found settled. False for one that a worker has just now, for
+    one whose payload is gone, and for one that this was done to since that time."""
     now = await db.now()
     changed = await db.execute(
         "UPDATE webhook_delivery SET due_at = $1, queued_at = $1, attempts = 0, delivered_at = NULL, dead_at = NULL, "
-        "lease = NULL, traceparent = $3 WHERE id = $2 AND payload <> '' AND (lease IS NULL OR due_at <= $1)",
+        "lease = NULL, traceparent = $3 WHERE id = $2 AND payload <> '' AND (lease IS NULL OR due_at <= $1) "
+        "AND queued_at < $4",
         now,
         delivery_id,
         tracing.traceparent(),
+        unless_since or now + timedelta(microseconds=1),
     )
     if changed:
         await db.notify(CHANNEL)
     return changed == 1
 
 
-async def since(endpoint_id: UUID, moment: datetime, *, limit: int) -> list[DeliveryView]:
-    """Up to `limit` deliveries to an endpoint that were promised at that moment or later, oldest first, and whose
-    payload is there."""
+async def since(endpoint_id: UUID, moment: datetime, until: datetime, *, limit: int) -> list[DeliveryView]:
+    """Up to `limit` deliveries to an endpoint that were promised from that moment on and before the other, oldest
+    first, and whose payload is there."""
     rows = await db.fetch(
-        "SELECT * FROM webhook_delivery WHERE endpoint_id = $1 AND created_at >= $2 AND payload <> '' "
-        f"ORDER BY created_at, id LIMIT {int(limit)}",
+        "SELECT * FROM webhook_delivery WHERE endpoint_id = $1 AND created_at >= $2 AND created_at < $3 "
+        f"AND payload <> '' ORDER BY created_at, id LIMIT {int(limit)}",
         endpoint_id,
         moment,
+        until,
     )
     return [DeliveryView.of(row) for row in rows]

@@ -600,12 +600,13 @@ class RedeliverWebhookInput:
     delivery_id: strawberry.ID | None = strawberry.field(default=None, description="One delivery, by its `webhook-id`.")
     endpoint_id: strawberry.ID | None = strawberry.field(default=None, description="An endpoint; with `since`.")
     since: datetime | None = strawberry.field(default=None, description="What was promised then or later.")
+    idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
 
 
 @strawberry.type(description="They are due, with the same `webhook-id` and body as before.")
 class RedeliverWebhookSuccess:
     count: int = describe(
-        "How many. 10,000 at most; not among them is what is being delivered just now, and what was erased."
+        "How many. 10,000 at most; what was erased is not among them, and what is being delivered just now goes on."
     )
 
 
@@ -640,7 +641,7 @@ PingWebhookEndpointResult = Annotated[
 ]
 
 RedeliverWebhookResult = Annotated[
-    RedeliverWebhookSuccess | NotFoundError | PermissionDeniedError | InvalidInputError,
+    RedeliverWebhookSuccess | NotFoundError | PermissionDeniedError | InvalidInputError | IdempotencyConflictError,
     strawberry.union("RedeliverWebhookResult", description="What came of `redeliverWebhook`."),
 ]
 
@@ -917,12 +918,14 @@ class Mutation:
 
     @root(Access.WEBHOOK_MANAGERS, "Deliver again, whatever came of it: one event, or all of an endpoint since a time.")
     async def redeliver_webhook(self, info: Info, input: RedeliverWebhookInput) -> RedeliverWebhookResult | None:
-        call = info.context.call
+        call, key = info.context.call, input.idempotency_key
         if input.delivery_id is not None and input.endpoint_id is None and input.since is None:
-            await endpoints.redeliver(call, nodes.decode_as(Kind.WEBHOOK_DELIVERY, input.delivery_id))
+            delivery_id = nodes.decode_as(Kind.WEBHOOK_DELIVERY, input.delivery_id)
+            await endpoints.redeliver(call, delivery_id, idempotency_key=key)
             return RedeliverWebhookSuccess(count=1)
         if input.delivery_id is None and input.endpoint_id is not None and input.since is not None:
-            count = await endpoints.redeliver_since(call, _endpoint_key(input.endpoint_id), input.since)
+            endpoint_id = _endpoint_key(input.endpoint_id)
+            count = await endpoints.redeliver_since(call, endpoint_id, input.since, idempotency_key=key)
             return RedeliverWebhookSuccess(count=count)
         await endpoints.refuse_to_redeliver(call)
         return None

@@ -1,13 +1,15 @@
 """Webhook endpoints by the API: who manages them, what is refused, and what can be seen of the deliveries."""
 
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import orjson
 import pytest
 from standardwebhooks import Webhook
 
-from app import db, provisioning
+from app import db, provisioning, webhooks
 from app.graphql import nodes
 from app.graphql.nodes import Kind
 from app.lifecycle import Scope, TransitionType
@@ -112,6 +114,67 @@ async def test_a_key_makes_one_endpoint_and_gives_its_secret_again(house: Stage)
     assert listed == [first["endpoint"]["id"], other["endpoint"]["id"]]
 
 
+async def test_a_key_pings_once_and_delivers_again_once(house: Stage) -> None:
+    """A client that lost the answer asks again: nothing is sent twice by that, whatever has happened since."""
+    async with receiving() as receiver:
+        endpoint = (await create(house, url=receiver.url))["endpoint"]["id"]
+        selection = "... on PingWebhookEndpointSuccess { delivery { id } }"
+        given = {"endpointId": endpoint, "idempotencyKey": "k"}
+        first, again = [await house.do(BILLING, "pingWebhookEndpoint", selection, **given) for _ in range(2)]
+        assert first == again
+        since = (await db.now() - timedelta(hours=1)).isoformat()
+        await house.cancel()
+        await house.letters()
+        number = len(receiver.requests)
+        assert number == 3
+        selection = "... on RedeliverWebhookSuccess { count }"
+        one = {"deliveryId": first["delivery"]["id"], "idempotencyKey": "one"}
+        everything = {"endpointId": endpoint, "since": since, "idempotencyKey": "all"}
+        for given, count in ((one, 1), (everything, number)):
+            for _ in range(2):
+                answer = await house.do(BILLING, "redeliverWebhook", selection, **given)
+                assert answer == {"__typename": "RedeliverWebhookSuccess", "count": count}
+                await db.advance_clock(timedelta(minutes=1))
+                await house.letters()
+            assert len(receiver.requests) == (number + 1 if given is one else 2 * number + 1)
+        conflict = await house.do(BILLING, "redeliverWebhook", **{**everything, "idempotencyKey": "one"})
+        assert conflict["__typename"] == "IdempotencyConflictError"
+        await house.do(BILLING, "redeliverWebhook", **{**everything, "idempotencyKey": "another"})
+        await house.letters()
+        assert len(receiver.requests) == 3 * number + 1
+
+
+async def test_a_repeated_call_makes_due_what_the_first_did_not_come_to(
+    house: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with receiving() as receiver:
+        endpoint = (await create(house, url=receiver.url))["endpoint"]["id"]
+        since = (await db.now() - timedelta(hours=1)).isoformat()
+        for _ in range(4):
+            await house.do(BILLING, "pingWebhookEndpoint", endpointId=endpoint)
+        await house.letters()
+        given = {"endpointId": endpoint, "since": since, "idempotencyKey": "k"}
+        done = webhooks.again
+        left = iter(range(2))
+
+        async def breaks_down(delivery_id: UUID, unless_since: datetime | None) -> bool:
+            if next(left, None) is None:
+                raise ZeroDivisionError
+            return await done(delivery_id, unless_since)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(webhooks, "again", breaks_down)
+            failed = await house.do(BILLING, "redeliverWebhook", **given)
+            assert failed["extensions"]["code"] == "INTERNAL_SERVER_ERROR"
+        await house.letters()
+        assert len(receiver.requests) == 6
+        answer = await house.do(BILLING, "redeliverWebhook", "... on RedeliverWebhookSuccess { count }", **given)
+        assert answer["count"] == 4
+        await house.letters()
+    ids = [request.headers["webhook-id"] for request in receiver.requests]
+    assert {ids.count(one) for one in ids} == {2}
+
+
 async def test_a_key_rotates_once(house: Stage) -> None:
     made = await create(house)
     given = {"endpointId": made["endpoint"]["id"], "idempotencyKey": "k"}
@@ -120,6 +183,13 @@ async def test_a_key_rotates_once(house: Stage) -> None:
     assert first == again
     assert first["secret"] != made["secret"]
     assert first["endpoint"]["previousSecretUntil"] is not None
+    async with receiving() as receiver:
+        await change(house, "updateWebhookEndpoint", made["endpoint"]["id"], url=receiver.url)
+        await house.request_cancellation()
+        await house.letters()
+        (request,) = receiver.requests
+        for secret in (made["secret"], first["secret"]):
+            Webhook(secret).verify(request.body, request.headers)
 
 
 @pytest.mark.parametrize(
