@@ -247,6 +247,24 @@ _STATUS: Final[Mapping[TransitionType, AccountStatus]] = {
 }
 
 
+_OF_NO_REQUEST: Final = frozenset(
+    {
+        TransitionType.DELETION_HELD,
+        TransitionType.DELETION_RELEASED,
+        TransitionType.DELETION_STARTED,
+        TransitionType.DELETED,
+    }
+)
+"""They are about the account alone."""
+
+
+def _epoch(kind: TransitionType) -> int:
+    """It grows when a cancellation takes effect and when an account is restarted."""
+    if kind is TransitionType.RESTARTED:
+        return 2
+    return int(_STATUS.get(kind) in {AccountStatus.CANCELED, AccountStatus.DELETING, AccountStatus.DELETED})
+
+
 def example(kind: TransitionType) -> dict[str, Any]:
     """An event of that type, as a receiver may see it."""
     confirmed_at = datetime(2026, 11, 23, 9, 30, tzinfo=UTC)
@@ -259,9 +277,9 @@ def example(kind: TransitionType) -> dict[str, Any]:
             account_id=UUID(int=0x019AB0C1_7E00_7000_8000_000000000001),
             account_reference="acme",
             status=_STATUS.get(kind, AccountStatus.ACTIVE),
-            epoch=1 if kind in _STATUS else 0,
+            epoch=_epoch(kind),
             sequence=number,
-            request_id=UUID(int=0x019AB0C1_7E00_7000_8000_000000000002),
+            request_id=None if kind in _OF_NO_REQUEST else UUID(int=0x019AB0C1_7E00_7000_8000_000000000002),
             occurred_at=confirmed_at,
             effective_at=datetime(2026, 12, 1, tzinfo=UTC),
             canceled_at=confirmed_at,

@@ -158,6 +158,12 @@ def test_every_file_that_is_named_exists() -> None:
     assert [path for path in sorted(local) if not (ROOT / path).exists()] == []
 
 
+def test_the_example_of_each_event_is_the_catalogues() -> None:
+    """A missing line is one to paste."""
+    expected = [json.dumps(events.example(kind), ensure_ascii=False) for kind in lifecycle.TransitionType]
+    assert [line for line in README.splitlines() if line.startswith('{"specversion"')] == expected
+
+
 async def test_the_line_to_import_is_imported(sqlite_database: Database, tmp_path: Path) -> None:
     """Into the demo's installation, which has the manager that it names."""
     [example] = re.findall(r'^\{"reference".*\}$', README, re.MULTILINE)

@@ -80,23 +80,7 @@ def refused(status: int = 500, **more: Any) -> Outcome:
 ACCEPTED = Outcome(status=200, latency=timedelta(milliseconds=7), error=None)
 
 
-# ------------------------------------------------------------------------------------------------------ the catalogue
-
-
-def test_every_transition_has_an_event_and_its_example_is_valid() -> None:
-    """In the order in which they happen."""
-    assert list(events.CATALOGUE) == list(TransitionType)
-    for kind in TransitionType:
-        schema = events.schema(kind)
-        Draft202012Validator.check_schema(schema)
-        Draft202012Validator(schema).validate(events.example(kind))
-        assert len(str(events.example(kind))) < 1_500
-
-
-def test_an_example_of_one_type_is_no_example_of_another() -> None:
-    for kind in TransitionType:
-        for other in set(TransitionType) - {kind}:
-            assert not Draft202012Validator(events.schema(other)).is_valid(events.example(kind))
+# -------------------------------------------------------------------------------------------------- what is told
 
 
 async def test_a_whole_life_is_told_in_order_and_every_event_is_valid(house: Stage, receiver: Receiver) -> None:
