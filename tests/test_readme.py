@@ -19,7 +19,19 @@ import pytest
 import typer
 from graphql import GraphQLInterfaceType, GraphQLObjectType
 
-from app import endpoints, errors, events, importing, lifecycle, messages, outbox, policy, provisioning, webhooks
+from app import (
+    endpoints,
+    errors,
+    events,
+    importing,
+    lifecycle,
+    messages,
+    outbox,
+    policy,
+    provisioning,
+    webhooks,
+    worker,
+)
 from app.cli import app as commands
 from app.db import Database
 from app.delivery import webhook
@@ -137,6 +149,7 @@ def test_every_number_is_the_codes() -> None:
         f"{MAX_ERRORS} errors at most",
         f"For {hours(endpoints.ROTATION)} hours after a rotation",
         f"within {webhook.DEADLINE.total_seconds():.0f} seconds; at most {webhook.MAX_READ // 1024} KiB",
+        f"keeps {worker.WEBHOOKS_KEPT_FREE} of its {worker.WEBHOOKS_AT_A_TIME} places",
         f"go on for {hours(webhooks.TRIED_FOR)} hours",
         f"in the last {webhooks.KEPT.days} days",
         f"given up after {hours(webhooks.GIVEN_UP_AFTER)} hours",

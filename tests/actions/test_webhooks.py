@@ -1,6 +1,7 @@
 """Events by webhook: promised with what they tell of, delivered to who wants them, retried, paused, and done again."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -12,6 +13,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from app import db, endpoints, errors, events, history, ids, webhooks
+from app import worker as worker_module
 from app.ids import Kind
 from app.lifecycle import SYSTEM, AccountStatus, TransitionType
 from app.webhooks import Claimed, EndpointView, Outcome
@@ -320,6 +322,73 @@ async def test_endpoints_that_work_come_before_those_that_fail(house: Stage, clo
     assert second.endpoint_id == failing.id
 
 
+async def test_endpoints_that_fail_leave_places_to_others(house: Stage, clock: StoppedClock) -> None:
+    """However many hang, what is promised to the others meanwhile has a place."""
+    for _ in range(4):
+        await add(house)
+    await tell(house)
+    failing = await webhooks.claim(4)
+    for one in failing:
+        await webhooks.settle(one, refused())
+    clock.forward(HOUR)
+    working = await add(house)
+    await tell(house)
+    claimed = await webhooks.claim(4, kept_free=2)
+    assert [one.endpoint_id for one in claimed].count(working.id) == 1
+    assert len(claimed) == 1 + 2
+    assert await webhooks.claim(2, kept_free=2) == []
+    assert len(await webhooks.claim(2)) == 2
+
+
+async def test_places_go_to_endpoints_that_can_use_them_and_first_to_those_that_have_none(
+    house: Stage, clock: StoppedClock
+) -> None:
+    """What hangs is older than everything, and must not be in the way of what is new."""
+    hangs = await add(house)
+    for _ in range(webhooks.PER_ENDPOINT + 2):
+        await tell(house)
+    (first,) = await webhooks.claim(1)
+    clock.forward(SECOND)
+    later = await add(house)
+    await tell(house)
+    (second,) = await webhooks.claim(1)
+    assert (first.endpoint_id, second.endpoint_id) == (hangs.id, later.id)
+    assert {one.endpoint_id for one in await webhooks.claim(webhooks.PER_ENDPOINT - 1)} == {hangs.id}
+    clock.forward(SECOND)
+    latest = await add(house)
+    await tell(house)
+    assert {one.endpoint_id for one in await webhooks.claim(2)} == {later.id, latest.id}
+    assert await webhooks.claim(10) == []
+
+
+@pytest.mark.postgres
+async def test_a_claim_reads_what_it_takes(postgres_house: Stage) -> None:
+    """And not, for each endpoint, what is due to all the others: PostgreSQL takes what is open for next to nothing."""
+    for _ in range(100):
+        await add(postgres_house)
+    await db.execute("ANALYZE webhook_delivery")
+    await tell(postgres_house)
+    client: Any = db.bound()._client
+    asked: list[tuple[str, Any]] = []
+    fetch = client.fetch
+
+    async def noted(sql: str, args: Any) -> Any:
+        asked.append((sql, args))
+        return await fetch(sql, args)
+
+    client.fetch = noted
+    try:
+        assert len(await webhooks.claim(4)) == 4
+    finally:
+        client.fetch = fetch
+    looked = [(sql, args) for sql, args in asked if "webhook_delivery" in sql]
+    assert looked
+    for sql, args in looked:
+        plan = "\n".join(row["QUERY PLAN"] for row in await db.fetch(f"EXPLAIN (ANALYZE, TIMING OFF) {sql}", *args))
+        removed = [int(number) for number in re.findall(r"Rows Removed by Filter: (\d+)", plan)]
+        assert max(removed, default=0) <= 10, plan
+
+
 async def test_retry_after_is_honored_within_bounds(house: Stage, clock: StoppedClock) -> None:
     endpoint = await add(house)
     for asked, waited in ((600, 600), (10**9, 3600)):
@@ -374,8 +443,11 @@ async def test_gone_disables_the_endpoint_and_nobody_else(house: Stage, receiver
     assert kept.disabled_at is None
 
 
-async def test_a_receiver_that_hangs_delays_no_other(house: Stage, receiver: Receiver) -> None:
-    """While it holds its exchanges, everybody else hears everything."""
+async def test_a_receiver_that_hangs_delays_no_other(
+    house: Stage, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it holds its exchanges, everybody else hears everything; each exchange that ends lets the next begin."""
+    monkeypatch.setattr(worker_module, "POLL_SECONDS", 3_600.0)
     release = asyncio.Event()
 
     async def hangs(*_: object) -> None:

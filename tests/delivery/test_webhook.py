@@ -367,6 +367,15 @@ async def test_a_name_that_leads_inside_is_refused_if_only_one_of_its_addresses_
     assert "not public" in answer.error
 
 
+async def test_what_would_be_refused_when_it_is_given_is_not_sent_to_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been given when other things were allowed."""
+    asked = answers_for_names(monkeypatch, "127.0.0.1")
+    answer = await post("https://user@hooks.example.com/", receivers=Receivers("hooks.example.com"))
+    assert answer.error is not None
+    assert answer.error.startswith("It has a user")
+    assert asked == []
+
+
 async def test_only_what_is_allowed_is_sent_to_in_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     answers_for_names(monkeypatch, "8.8.8.8")
     answer = await post("http://hooks.example.com/", receivers=Receivers("10.0.0.0/8"))
