@@ -364,9 +364,12 @@ async def test_places_go_to_endpoints_that_can_use_them_and_first_to_those_that_
 @pytest.mark.postgres
 async def test_a_claim_reads_what_it_takes(postgres_house: Stage) -> None:
     """And not, for each endpoint, what is due to all the others: PostgreSQL takes what is open for next to nothing."""
-    for _ in range(100):
-        await add(postgres_house)
-    await db.execute("ANALYZE webhook_delivery")
+    await db.execute(
+        "INSERT INTO webhook_endpoint (id, url, description, event_types, secret_generation, created_at, failures) "
+        "SELECT gen_random_uuid(), 'https://hooks.example.com/', '', '', 0, clock_timestamp(), 0 "
+        "FROM generate_series(1, 1000)"
+    )
+    await db.execute("ANALYZE")
     await tell(postgres_house)
     client: Any = db.bound()._client
     asked: list[tuple[str, Any]] = []
