@@ -209,7 +209,7 @@ async def fill(erased: UUID) -> None:
         "cancellation_request": ["confirmation_token_hash"],
         "offer": ["code", "title", "description"],
         "outbox": ["last_error", "traceparent"],
-        "webhook_delivery": ["last_error"],
+        "webhook_delivery": ["last_error", "traceparent"],
         "idempotency_record": ["caller", "fingerprint"],
     }
     for table, names in changed.items():

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -393,19 +394,31 @@ async def test_a_claim_reads_what_it_takes(postgres_house: Stage) -> None:
 
 
 async def test_retry_after_is_honored_within_bounds(house: Stage, clock: StoppedClock) -> None:
+    """For all that the endpoint is promised."""
     endpoint = await add(house)
     for asked, waited in ((600, 600), (10**9, 3600)):
-        await tell(house)
-        (claimed, *_) = await webhooks.claim(1)
+        for _ in range(2):
+            await tell(house)
+        (claimed,) = await webhooks.claim(1)
         await webhooks.settle(claimed, refused(429, retry_after=timedelta(seconds=asked)))
         row = (await rows("id = $1", claimed.id))[0]
         assert db.as_datetime(row["due_at"]) - clock.now == timedelta(seconds=waited)
         assert await webhooks.claim(10) == [], "it asked for the other deliveries too"
         clock.forward(timedelta(seconds=waited))
-        await webhooks.settle(await claim_one(), ACCEPTED)
+        for _ in range(2):
+            await webhooks.settle(await claim_one(), ACCEPTED)
     found = await webhooks.endpoint(endpoint.id)
     assert found is not None
     assert found.failures == 0
+
+
+async def test_what_a_receiver_asks_for_is_done(house: Stage, receiver: Receiver) -> None:
+    receiver.answer = says("503 Later", "Retry-After: 3000")
+    await add(house, receiver)
+    await tell(house)
+    await house.letters()
+    (row,) = await rows()
+    assert timedelta(seconds=2_900) < db.as_datetime(row["due_at"]) - await db.now() <= timedelta(seconds=3_000)
 
 
 async def test_what_waits_behind_a_disabled_endpoint_is_given_up_in_time(house: Stage, clock: StoppedClock) -> None:
@@ -471,6 +484,49 @@ async def test_a_receiver_that_hangs_delays_no_other(
         await running
     assert len({request.headers["webhook-id"] for request in healthy.requests}) == 20
     assert receiver.most_open <= webhooks.PER_ENDPOINT
+
+
+async def test_a_worker_keeps_places_free_of_what_fails(
+    house: Stage, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "WEBHOOKS_AT_A_TIME", 4)
+    monkeypatch.setattr(worker_module, "WEBHOOKS_KEPT_FREE", 2)
+
+    async def hangs(*_: object) -> None:
+        await asyncio.sleep(3600)
+
+    receiver.answer = hangs
+    async with receiving() as healthy:
+        for _ in range(6):
+            await add(house, receiver)
+        await db.execute("UPDATE webhook_endpoint SET failures = 1")
+        await tell(house)
+        worker = house.worker()
+        worker._grace = timedelta()
+        running = asyncio.create_task(worker.run())
+        await receiver.has(2)
+        await add(house, healthy)
+        await tell(house)
+        await healthy.has(1)
+        assert receiver.most_open == 2
+        worker.stop()
+        await running
+
+
+@pytest.mark.postgres
+async def test_many_workers_claim_each_delivery_once_and_share_each_endpoint(postgres_house: Stage) -> None:
+    for _ in range(20):
+        await add(postgres_house)
+    for _ in range(4):
+        await tell(postgres_house)
+    for _ in range(10):
+        claims = await asyncio.gather(*(webhooks.claim(7) for _ in range(8)))
+        claimed = [one for some in claims for one in some]
+        assert len({one.id for one in claimed}) == len(claimed) > 0
+        shares = Counter(one.endpoint_id for one in claimed)
+        assert max(shares.values()) <= webhooks.PER_ENDPOINT
+        for one in claimed:
+            assert await webhooks.release(one)
 
 
 async def test_a_worker_that_stops_gives_back_what_it_could_not_finish(house: Stage, receiver: Receiver) -> None:
