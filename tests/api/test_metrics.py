@@ -29,8 +29,8 @@ from app.timers import TIMERS
 from tests import cast
 from tests.actions.test_outbox import promise
 from tests.cast import ALICE, BILLING, BOB, Stage
-from tests.enforcing import LOGIN, MAILER, acknowledge, obeyed
 from tests.delivery.webhook_server import receiving, says
+from tests.enforcing import LOGIN, MAILER, acknowledge, obeyed
 from tests.postgres import PostgresServer
 from tests.rules.test_settings import PRODUCTION
 
