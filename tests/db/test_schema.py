@@ -11,7 +11,7 @@ from tortoise.utils import generate_schema_for_client
 
 from app import db
 from app.db import Database, IntegrityError, sqlite_path
-from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement, m0005_webhook_trace
+from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement
 from app.lifecycle import TransitionType
 from tests.postgres import PostgresServer
 
@@ -465,7 +465,7 @@ ATTEMPTS = [
     Attempt("enforcement_stays", change_enforcement("enforced_at = NULL, enforced_by_id = NULL", ENFORCED)),
 ]
 
-MIGRATIONS = (m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement, m0005_webhook_trace)
+MIGRATIONS = (m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement)
 
 UNIQUE_INDEXES = {
     line.split()[3]: line.split()[5]
