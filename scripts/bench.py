@@ -13,25 +13,25 @@ import argparse
 import asyncio
 import multiprocessing
 import os
-import socket
 import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import asyncpg
+import bench_streams
 import bench_timers
 import bench_webhooks
 import httpx2
 import orjson
 import uvloop
 from bench_bare import Replay, Slot, Statement, serve
-from bench_processes import command, cpu_seconds
+from bench_processes import Server, cpu_seconds, free_port, serving
 
 from app import db, limiting, logs, main, provisioning
 from app.auth import Installation
@@ -434,39 +434,9 @@ def _item(index: int) -> AccountItem:
 # --------------------------------------------------------------------------------------------------------- servers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Server:
-    pid: int
-    port: int
-
-    async def ready(self) -> None:
-        for _ in range(300):
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            except OSError:
-                await asyncio.sleep(0.1)
-            else:
-                writer.close()
-                return
-        raise RuntimeError("A server did not start within 30 seconds.")
-
-
-def _free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def _service(environ: dict[str, str]) -> Iterator[Server]:
-    """The service: one process, requests logged."""
-    port = _free_port()
-    with command("serve", environ | {"SUNSET_PORT": str(port)}) as pid:
-        yield Server(pid=pid, port=port)
-
-
 @contextmanager
 def _bare(settings: Settings, replays: dict[str, Replay]) -> Iterator[Server]:
-    port = _free_port()
+    port = free_port()
     process = multiprocessing.get_context("spawn").Process(
         target=serve, args=(port, settings.database_url, settings.database_pool_size, replays)
     )
@@ -605,7 +575,7 @@ async def bench(environ: dict[str, str], *, quick: bool, connections: int) -> No
         recordings = Recordings()
         await recordings.record(world, settings, *world.customers[:2])
         with ExitStack() as stack:
-            service = stack.enter_context(_service(environ))
+            service = stack.enter_context(serving(environ))
             bare = stack.enter_context(_bare(settings, {**recordings.replays, "empty": ()}))
             await service.ready()
             await bare.ready()
@@ -623,7 +593,7 @@ async def bench(environ: dict[str, str], *, quick: bool, connections: int) -> No
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="a short run, whose figures are rough")
-    parser.add_argument("--only", choices=["requests", "timers", "webhooks"], help="one of the parts")
+    parser.add_argument("--only", choices=["requests", "timers", "webhooks", "streams"], help="one of the parts")
     parser.add_argument(
         "--accounts", type=int, default=1_000_000, help="canceled ones for the timers, default %(default)s"
     )
@@ -652,6 +622,9 @@ def _main() -> None:
             if options.only in {None, "webhooks"}:
                 number, rounds = (200, 3) if options.quick else (1_000, 10)
                 uvloop.run(bench_webhooks.bench(server, environ, number=number, rounds=rounds))
+            if options.only in {None, "streams"}:
+                number, changes = (1_000, 20) if options.quick else (10_000, 100)
+                uvloop.run(bench_streams.bench(server, environ, number=number, changes=changes))
     finally:
         server.close()
 
