@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import typer
 from graphql import GraphQLInterfaceType, GraphQLObjectType
@@ -37,6 +38,8 @@ from app.db import Database
 from app.delivery import webhook
 from app.graphql.documents import MAX_ERRORS
 from app.graphql.schema import SCHEMA
+from app.graphql.subscriptions import MAX_ACCOUNTS
+from app.graphql.websocket import MAX_MESSAGE_BYTES, MAX_OPERATIONS
 from app.settings import Settings
 from tests.cast import stage
 from tests.rules.test_policy import WITH_ITS_EXAMPLE
@@ -153,6 +156,9 @@ def test_every_number_is_the_codes() -> None:
         f"go on for {hours(webhooks.TRIED_FOR)} hours",
         f"in the last {webhooks.KEPT.days} days",
         f"given up after {hours(webhooks.GIVEN_UP_AFTER)} hours",
+        f"the status of up to {MAX_ACCOUNTS} accounts",
+        f"1009 for a message of more than {MAX_MESSAGE_BYTES // 1024} KiB",
+        f"1008 for more than {MAX_OPERATIONS} operations at once",
     ]
     assert [sentence for sentence in told if sentence not in README] == []
 
@@ -294,7 +300,52 @@ def test_the_story_goes_as_it_is_told(served: tuple[Path, int]) -> None:
 
 
 @told_with_curl
-def test_a_system_says_that_it_has_obeyed_as_it_is_told(served_with_systems: tuple[Path, int]) -> None:
+def test_systems_ask_and_listen_and_obey_as_it_is_told(served_with_systems: tuple[Path, int]) -> None:
     """Of the account that the story has canceled by then."""
     beginning = _chapter("## The story", "### The billing team restarts the account")
-    _goes_as_it_is_told(beginning + _chapter("## Who has obeyed", "## Accounts come in"), served_with_systems)
+    _goes_as_it_is_told(beginning + _chapter("### The gate", "## Emails"), served_with_systems)
+
+
+def test_the_subscriber_hears_as_it_happens(served: tuple[Path, int]) -> None:
+    """The program that the README has, told of a cancellation while it runs."""
+    folder, port = served
+    [program] = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "gql" in code]
+
+    def token(*who: str) -> str:
+        command = [str(folder / "scripts" / "sunset"), "token", *who]
+        return subprocess.run(command, cwd=folder, env=_environ(), capture_output=True, text=True).stdout.strip()
+
+    def ask(bearer: str, query: str) -> Any:
+        answer = httpx2.post(
+            f"http://127.0.0.1:{port}/graphql", json={"query": query}, headers={"Authorization": f"Bearer {bearer}"}
+        )
+        return answer.json()["data"]
+
+    alice = token("--member", "alice@acme.example", "--account", "acme")
+    account = ask(alice, "{ viewer { memberships { edges { node { account { id } } } } } }")
+    account_id = account["viewer"]["memberships"]["edges"][0]["node"]["account"]["id"]
+    told_of = {
+        "SUNSET": f"ws://127.0.0.1:{port}/graphql",
+        "TOKEN": token("--service", "gatekeeper"),
+        "ACCOUNTS": account_id,
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=_environ() | told_of, stdout=subprocess.PIPE, text=True
+    ) as subscriber:
+        assert subscriber.stdout is not None
+        try:
+            assert subscriber.stdout.readline() == "acme 0 ACTIVE\n"
+            asked = ask(
+                alice,
+                f'mutation {{ done: cancelAccount(input: {{accountId: "{account_id}"}}) '
+                "{ ... on CancelAccountSuccess { confirmationToken request { id } } } }",
+            )["done"]
+            assert subscriber.stdout.readline() == "acme 1 ACTIVE\n"
+            ask(
+                alice,
+                f'mutation {{ confirmCancellation(input: {{requestId: "{asked["request"]["id"]}", '
+                f'confirmationToken: "{asked["confirmationToken"]}", accountName: "Acme"}}) {{ __typename }} }}',
+            )
+            assert subscriber.stdout.readline() == "acme 2 CANCELED\n"
+        finally:
+            subscriber.terminate()
