@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 import asyncpg
+from tortoise.exceptions import OperationalError
 
 from app import alarms, db, errors, invariants, main, provisioning
 from app.auth import Installation
@@ -68,6 +69,8 @@ async def examine(environ: Mapping[str, str]) -> list[Check]:
     except (errors.Unavailable, errors.Refusal) as error:
         checks = [check for check in checks if check.name != "database"]
         checks.append(_fail("database", error.message))
+    except OperationalError as error:
+        checks.append(_fail("schema", "Tables are not what the migrations made. Restore a back-up.", str(error)))
     finally:
         if shared is not None:
             await shared.tokens.close()

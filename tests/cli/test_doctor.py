@@ -183,6 +183,16 @@ def test_a_schema_of_an_older_version_wants_migrating(sunset: Run, tmp_path: Pat
     assert "invariants" not in verdicts(result), "it cannot look at tables that are not there"
 
 
+@pytest.mark.parametrize("statement", ["DROP TABLE webhook_delivery", "ALTER TABLE outbox RENAME COLUMN due_at TO due"])
+def test_a_schema_that_is_not_what_the_migrations_made_is_a_failure(sunset: Run, play: Play, statement: str) -> None:
+    async def scene(_: Stage) -> None:
+        await db.execute(statement)
+
+    play(scene)
+    line = only_trouble(sunset("doctor"), "schema", "FAIL")
+    assert "Tables are not what the migrations made" in line
+
+
 def test_a_schema_of_a_newer_version_is_a_warning(sunset: Run, play: Play) -> None:
     """While an upgrade is under way the old version's processes still run."""
     play(
