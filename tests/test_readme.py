@@ -26,6 +26,7 @@ from app import (
     events,
     importing,
     lifecycle,
+    live,
     messages,
     outbox,
     policy,
@@ -37,6 +38,7 @@ from app.cli import app as commands
 from app.db import Database
 from app.delivery import webhook
 from app.graphql.documents import MAX_ERRORS
+from app.graphql.execution import SLOWEST_SECONDS
 from app.graphql.schema import SCHEMA
 from app.graphql.subscriptions import MAX_ACCOUNTS
 from app.graphql.websocket import MAX_MESSAGE_BYTES, MAX_OPERATIONS
@@ -157,6 +159,8 @@ def test_every_number_is_the_codes() -> None:
         f"in the last {webhooks.KEPT.days} days",
         f"given up after {hours(webhooks.GIVEN_UP_AFTER)} hours",
         f"the status of up to {MAX_ACCOUNTS} accounts",
+        f"another process changes is told within {live.LOOK_AGAIN // timedelta(minutes=1)} minutes",
+        f"reads nothing for {SLOWEST_SECONDS:.0f} seconds",
         f"1009 for a message of more than {MAX_MESSAGE_BYTES // 1024} KiB",
         f"1008 for more than {MAX_OPERATIONS} operations at once",
     ]

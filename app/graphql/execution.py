@@ -42,6 +42,8 @@ from app.graphql.limits import Limits
 
 _log = structlog.stdlib.get_logger(__name__)
 
+SLOWEST_SECONDS: Final = 30.0
+"""How long something that is said on a stream may wait for a client that does not read; then the stream is over."""
 _MASKED: Final = "Something went wrong on our side, and it is recorded. Please quote the request id if it persists."
 
 Context = TypeVar("Context")
@@ -162,8 +164,8 @@ class Operations(Generic[Context]):
             async with aclosing(self._events(prepared, context, _Shown(request_id))) as answers:
                 async for answer in answers:
                     metrics.subscription_told()
-                    yield answer
                     outcome = "left" if answer.executed else answer.errors[0]["extensions"]["code"]
+                    yield answer
         except errors.RequestError as refusal:
             outcome = refusal.code
             if isinstance(refusal, errors.Unavailable | errors.Unauthenticated):

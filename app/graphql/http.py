@@ -26,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from app import db, errors, metrics
 from app.graphql.execution import (
+    SLOWEST_SECONDS,
     Answer,
     Malformed,
     Operations,
@@ -308,6 +309,8 @@ class _EventStream(Response):
         del self.headers["content-length"]
         self._answers = answers
         self._place = place or nullcontext()
+        self._turn = asyncio.Lock()
+        self._is_over = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._place:
@@ -316,34 +319,40 @@ class _EventStream(Response):
             leaving = asyncio.create_task(_left(receive))
             try:
                 while not await _first_done({telling, leaving}, within=_KEEPALIVE_SECONDS):
-                    await _say(send, b":\n\n")
+                    await self._say(send, b":\n\n")
+                if telling.done():
+                    telling.result()
+            except TimeoutError:
+                pass  # the client does not read; the server ends what is left unfinished
             finally:
                 telling.cancel()
                 leaving.cancel()
                 await asyncio.wait({telling, leaving})
-            if not telling.cancelled():
-                telling.result()
 
     async def _tell(self, send: Send) -> None:
-        await _say(send, b":\n\n")  # headers travel with the first words
+        await self._say(send, b":\n\n")  # headers travel with the first words
         async with aclosing(self._answers):
             try:
                 async for answer in self._answers:
-                    await _say(send, _event(answer))
-                await _say(send, b"event: complete\ndata: \n\n")
+                    await self._say(send, _event(answer))
+                await self._say(send, b"event: complete\ndata: \n\n")
             except errors.Unauthenticated as refusal:
-                await _say(send, _event(refused(refusal)))
+                await self._say(send, _event(refused(refusal)))
             except errors.Unavailable:
                 pass
-        await _say(send, b"", more=False)
+        await self._say(send, b"", more=False)
+
+    async def _say(self, send: Send, text: bytes, *, more: bool = True) -> None:
+        """One thing at a time, and nothing after the last. Waits while the client does not read; TimeoutError when it
+        goes on for too long."""
+        async with asyncio.timeout(SLOWEST_SECONDS), self._turn:
+            if not self._is_over:
+                self._is_over = not more
+                await send({"type": "http.response.body", "body": text, "more_body": more})
 
 
 def _event(answer: Answer) -> bytes:
     return b"event: next\ndata: %b\n\n" % dumps(answer.body())
-
-
-async def _say(send: Send, text: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": text, "more_body": more})
 
 
 async def _first_done(tasks: set[asyncio.Task[None]], *, within: float) -> bool:

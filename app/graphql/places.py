@@ -16,31 +16,37 @@ class Places:
         self._most = most
         self._most_each = most_each
         self._taken = 0
-        self._by_caller: Counter[Hashable] = Counter()
+        self._by_owner: Counter[Hashable] = Counter()
 
     @contextmanager
     def taken(self) -> Iterator[Callable[[Hashable], None]]:
-        """A place for as long as the block lasts, and what says whose it is, to be called once.
+        """A place for as long as the block lasts, and what says whose it is, to be called once. Until then it is
+        nobody's, and all those who have not said who they are share what one caller may have.
 
         Both raise `Unavailable` where there is no room."""
-        if self._taken >= self._most:
-            raise errors.Unavailable(f"All {self._most} places for streams are taken. Try again in a moment.")
-        owner: list[Hashable] = []
+        owner: Hashable = None
+        if self._taken >= self._most or self._by_owner[owner] >= self._most_each:
+            raise errors.Unavailable("All places for streams are taken. Try again in a moment.")
+        self._taken += 1
+        self._by_owner[owner] += 1
 
         def belongs_to(caller: Hashable) -> None:
-            if self._by_caller[caller] >= self._most_each:
+            nonlocal owner
+            if self._by_owner[caller] >= self._most_each:
                 raise errors.Unavailable(
                     f"One caller has at most {self._most_each} streams open at a time: end those that you do not need."
                 )
-            self._by_caller[caller] += 1
-            owner.append(caller)
+            self._leave(owner)
+            owner = caller
+            self._by_owner[owner] += 1
 
-        self._taken += 1
         try:
             yield belongs_to
         finally:
             self._taken -= 1
-            for caller in owner:
-                self._by_caller[caller] -= 1
-                if not self._by_caller[caller]:
-                    del self._by_caller[caller]
+            self._leave(owner)
+
+    def _leave(self, owner: Hashable) -> None:
+        self._by_owner[owner] -= 1
+        if not self._by_owner[owner]:
+            del self._by_owner[owner]

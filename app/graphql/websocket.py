@@ -23,7 +23,18 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from app import db, errors
-from app.graphql.execution import Answer, Malformed, Operations, Prepared, checked, dumps, failed, loads, refused
+from app.graphql.execution import (
+    SLOWEST_SECONDS,
+    Answer,
+    Malformed,
+    Operations,
+    Prepared,
+    checked,
+    dumps,
+    failed,
+    loads,
+    refused,
+)
 from app.graphql.places import Places
 
 PROTOCOL: Final = "graphql-transport-ws"
@@ -130,12 +141,15 @@ class _Socket(Generic[Context]):
             raise _Close(4400, "The payload of connection_init is an object or null")
         self._authorization = _authorization(payload or {}) or self._authorization
         try:
-            async with db.deadline(self._endpoint.operations.timeout):
-                context = await self._endpoint.context(self._authorization)
+            belongs_to(self._endpoint.who(await self._context()))
         except errors.Unauthenticated as refusal:
             raise _Close(4403, f"Forbidden: {refusal.message}") from None
-        belongs_to(self._endpoint.who(context))
         await self._say({"type": "connection_ack"})
+
+    async def _context(self) -> Context:
+        """Anew for each operation: whose socket it was at first is not asked."""
+        async with db.deadline(self._endpoint.operations.timeout):
+            return await self._endpoint.context(self._authorization)
 
     async def _message(self) -> dict[str, Any]:
         """The next message, with a `type`."""
@@ -229,14 +243,16 @@ class _Socket(Generic[Context]):
             yield prepared
             return
         operations = self._endpoint.operations
-        context = await self._endpoint.context(self._authorization)
         if prepared.operation.kind == "subscription":
+            context = await self._context()
             async with aclosing(operations.subscribe(prepared, context, request_id)) as answers:
                 async for answer in answers:
                     yield answer
             return
         try:
-            answer = await operations.execute(prepared, context, request_id)
+            answer = await operations.execute(prepared, await self._context(), request_id)
+        except errors.Unauthenticated:
+            raise
         except errors.RequestError as refusal:
             answer = refused(refusal)
         except Exception as failure:
@@ -245,16 +261,18 @@ class _Socket(Generic[Context]):
         yield answer
 
     async def _end(self, id_: str, message: dict[str, Any]) -> None:
-        """The last word on an operation; from then on its id may be used again."""
+        """The last word on an operation. Until it is said the operation is under way, and counts; then its id may be
+        used again."""
+        await self._say({"id": id_, **message})
         if self._under_way.get(id_) is asyncio.current_task():
             del self._under_way[id_]
-        await self._say({"id": id_, **message})
 
     async def _say(self, message: dict[str, Any]) -> None:
-        """Waits while the client does not read."""
+        """Waits while the client does not read, and for so long."""
         try:
-            await self._send({"type": "websocket.send", "text": dumps(message).decode()})
-        except _CLOSED:
+            async with asyncio.timeout(SLOWEST_SECONDS):
+                await self._send({"type": "websocket.send", "text": dumps(message).decode()})
+        except (*_CLOSED, TimeoutError):
             raise _Left from None
 
 
