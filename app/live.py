@@ -57,6 +57,8 @@ async def follow(
             for account_id in changed:
                 while (change := await follower.next_of(account_id)) is not None:
                     yield change
+                    if change.sequence == change.account.sequence:
+                        break  # what was committed since is hinted at
             seen = await watch.wait(follower.patience())
             changed = [account_id for account_id in account_ids if account_id in seen]
 
