@@ -7,7 +7,7 @@ Knows accounts' ids and nothing else of them.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from uuid import UUID
 
@@ -15,17 +15,15 @@ from app import db, errors
 
 CHANNEL = "account_changed"
 
-_NAMED_AT_MOST = 50
-"""More accounts than these in one transaction are one hint about everything."""
+_NAMED_AT_ONCE = 200
+"""As many accounts as one notification holds, in PostgreSQL's 8,000 bytes."""
 
 
-async def announce(account_ids: Collection[UUID]) -> None:
+async def announce(account_ids: Iterable[UUID]) -> None:
     """Something about these accounts, or about who may see them, has changed; told when the transaction commits."""
-    if len(account_ids) > _NAMED_AT_MOST:
-        await announce_all()
-        return
-    for account_id in account_ids:
-        await db.notify(CHANNEL, str(account_id))
+    names = list(map(str, account_ids))
+    for begin in range(0, len(names), _NAMED_AT_ONCE):
+        await db.notify(CHANNEL, " ".join(names[begin : begin + _NAMED_AT_ONCE]))
 
 
 async def announce_all() -> None:
@@ -36,12 +34,13 @@ async def announce_all() -> None:
 class Watch:
     """What one watcher has to look at again. Hints are kept as a set of accounts: it grows no further."""
 
-    __slots__ = ("_changed", "_ids", "_is_over", "_woken")
+    __slots__ = ("_changed", "_ids", "_is_over", "_looking", "_woken")
 
     def __init__(self, account_ids: Collection[UUID]) -> None:
         self._ids = frozenset(account_ids)
         self._changed: set[UUID] = set()
         self._woken = asyncio.Event()
+        self._looking: asyncio.Timeout | None = None
         self._is_over = False
 
     def hint(self, account_id: UUID) -> None:
@@ -49,30 +48,34 @@ class Watch:
         self._woken.set()
 
     def end(self) -> None:
+        if self._is_over:
+            return
         self._is_over = True
-        self._woken.set()
+        if self._looking is not None:
+            self._looking.reschedule(asyncio.get_running_loop().time())
 
-    async def rest(self, seconds: float) -> None:
-        """Let time pass, and keep every hint. Raises `Unavailable` when the service is stopping."""
-        await asyncio.sleep(seconds)
-        self._require_more()
+    @asynccontextmanager
+    async def until_the_end(self) -> AsyncIterator[None]:
+        """`async with`: whatever is waited for in the block, `Unavailable` ends it when the service is stopping."""
+        try:
+            async with asyncio.timeout(0 if self._is_over else None) as self._looking:
+                yield
+        except TimeoutError:
+            raise errors.Unavailable("The service is stopping. Connect again in a moment.") from None
+        finally:
+            self._looking = None
 
     async def wait(self, seconds: float) -> Collection[UUID]:
         """The accounts that there were hints about since the last time, as soon as there is one; after `seconds`
-        without, all of them. Raises `Unavailable` when the service is stopping."""
+        without, all of them."""
         try:
             async with asyncio.timeout(seconds):
                 await self._woken.wait()
         except TimeoutError:
             return self._ids
-        self._require_more()
         self._woken.clear()
         changed, self._changed = self._changed, set()
         return changed
-
-    def _require_more(self) -> None:
-        if self._is_over:
-            raise errors.Unavailable("The service is stopping. Connect again in a moment.")
 
 
 class Changes:
@@ -134,6 +137,7 @@ class Changes:
 
     def _tell(self, payload: str | None) -> None:
         if payload:
-            self.hint(UUID(payload))
+            for account_id in payload.split():
+                self.hint(UUID(account_id))
         else:
             self.hint_all()

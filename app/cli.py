@@ -185,11 +185,9 @@ def serve(
     Brings the database to this version's schema first. In development, makes a demo company in a new database and
     prints tokens to try it with.
     """
-    import uvicorn
-
     from app import logs
-    from app.graphql.websocket import MAX_MESSAGE_BYTES
     from app.main import create_app, installation
+    from app.server import Server
 
     settings = _settings(host=host, port=port)
     logs.configure(format=settings.log_format, level=settings.log_level)
@@ -197,33 +195,20 @@ def serve(
     shared = installation(settings)
     _allow_files(settings.streams)
 
-    class Server(uvicorn.Server):
+    class Introduced(Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
                 _introduce(settings, introduction)
 
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            shared.changes.end()  # streams would last for as long as their clients please
-            await super().shutdown(sockets)
-
-    server = Server(
-        uvicorn.Config(
-            create_app(settings, shared),
-            host=settings.host,
-            port=settings.port,
-            loop="uvloop",
-            http="httptools",
-            ws="websockets-sansio",
-            ws_max_size=MAX_MESSAGE_BYTES,
-            ws_per_message_deflate=False,  # the messages are small, and each socket would hold its tables
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=settings.grace_seconds,
-        )
+    server = Introduced(
+        create_app(settings, shared),
+        shared.changes,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        lifespan="on",
+        timeout_graceful_shutdown=settings.grace_seconds,
     )
     # Uvicorn stops in order and then sends itself the signal again: an order that was followed is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

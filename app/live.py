@@ -8,7 +8,7 @@ Knows no transport and no GraphQL.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -59,8 +59,8 @@ async def follow(
                     yield change
                     if change.sequence == change.account.sequence:
                         break  # what was committed since is hinted at
-            seen = await watch.wait(follower.patience())
-            changed = [account_id for account_id in account_ids if account_id in seen]
+            hinted = await follower.wait()
+            changed = [account_id for account_id in account_ids if account_id in hinted]
 
 
 class _Follower:
@@ -74,18 +74,21 @@ class _Follower:
         self._stands_until: dict[UUID, float] = {}
         """By the event loop's clock."""
 
-    def patience(self) -> float:
-        """For how many seconds all that was told stands, if no hint comes."""
-        return max(min(self._stands_until.values()) - asyncio.get_running_loop().time(), _RETRY_SECONDS / 10)
+    async def wait(self) -> Collection[UUID]:
+        """Until there is a hint, or what was told may not stand any more: which accounts to look at again."""
+        left = min(self._stands_until.values()) - asyncio.get_running_loop().time()
+        async with self._watch.until_the_end():
+            return await self._watch.wait(max(left, _RETRY_SECONDS / 10))
 
     async def next_of(self, account_id: UUID | None) -> Change | None:
         """The next thing to tell of the account, if there is one."""
-        while True:
-            try:
-                async with self._installation.changes.turns, db.deadline(self._installation.request_timeout):
-                    return await self._look(account_id)
-            except errors.Unavailable:
-                await self._watch.rest(_RETRY_SECONDS)
+        async with self._watch.until_the_end():
+            while True:
+                try:
+                    async with self._installation.changes.turns, db.deadline(self._installation.request_timeout):
+                        return await self._look(account_id)
+                except errors.Unavailable:
+                    await asyncio.sleep(_RETRY_SECONDS)
 
     async def _look(self, account_id: UUID | None) -> Change | None:
         call = await self._authenticate()

@@ -303,10 +303,12 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
     operations = Operations(
         SCHEMA, gate=Context.require_caller, refusals=_REFUSALS, timeout=service.installation.request_timeout
     )
-    places = Places(settings.streams, most_each=max(settings.streams // 20, 1))
-    caller = attrgetter("caller")
-    graphql = GraphQLEndpoint(operations, context=service.context, who=caller, places=places)
-    websocket = WebSocketEndpoint(operations, context=service.context, who=caller, places=places)
+    streams = Places(settings.streams, most_each=max(settings.streams // 100, 1))
+    who = attrgetter("caller")
+    graphql = GraphQLEndpoint(operations, context=service.context, who=who, streams=streams)
+    websocket = WebSocketEndpoint(
+        operations, context=service.context, who=who, lifetime=attrgetter("lifetime"), streams=streams
+    )
     schema = printed()
 
     async def schema_file(_: Request) -> PlainTextResponse:

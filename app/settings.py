@@ -502,8 +502,8 @@ class Settings:
     )
     streams: int = field(
         metadata=_setting(
-            "How many streams, WebSockets and event streams together, one process holds open at a time; one caller has "
-            "a twentieth of them at most. Each also needs a file descriptor.",
+            "How many subscriptions one process holds open at a time, and how many WebSockets; one caller has a "
+            "hundredth of either at most. Each connection also needs a file descriptor.",
             default="20000",
             example="1000",
             parse=partial(_integer, least=1, most=1_000_000),

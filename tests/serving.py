@@ -6,17 +6,15 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
-import uvicorn
 from starlette.types import ASGIApp
 
 from app.changes import Changes
-from app.graphql.websocket import MAX_MESSAGE_BYTES
+from app.server import Server
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, changes: Changes) -> None:
-        super().__init__(config)
-        self.changes = changes
+class _Server(Server):
+    def __init__(self, app: ASGIApp, changes: Changes) -> None:
+        super().__init__(app, changes, lifespan="off", timeout_graceful_shutdown=10)
         self.ready = asyncio.Event()
 
     @contextmanager
@@ -26,10 +24,6 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.ready.set()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.changes.end()
-        await super().shutdown(sockets)
 
 
 @dataclass
@@ -61,22 +55,7 @@ async def serving(app: ASGIApp, changes: Changes, *, send_buffer: int | None = N
     listening = socket.create_server(("127.0.0.1", 0))
     if send_buffer is not None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="websockets-sansio",
-            ws_max_size=MAX_MESSAGE_BYTES,
-            ws_per_message_deflate=False,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=10,
-        ),
-        changes,
-    )
+    server = _Server(app, changes)
     # The test's own database is heard, too: on SQLite, hints do not leave the connection that they are given on.
     async with changes.listening():
         served = Served(listening.getsockname()[1], server, asyncio.create_task(server.serve([listening])))

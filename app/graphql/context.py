@@ -1,7 +1,7 @@
 """What resolvers see as `info.context`: the call, and loaders: nested lists cost a constant number of queries."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any, TypeVar
 from uuid import UUID
@@ -37,6 +37,11 @@ class Context:
     def caller(self) -> tuple[str, str]:
         """Whose token it is, before anything else is known of them."""
         return self.call.identity.issuer, self.call.identity.subject
+
+    @property
+    def lifetime(self) -> timedelta:
+        """For how long their token is good."""
+        return self.call.installation.tokens.lifetime_left(self.call.identity)
 
     async def require_caller(self) -> None:
         """Refuse who is not known, or has lost access, before anything of the schema is answered."""

@@ -73,7 +73,7 @@ class GraphQLEndpoint(Generic[Context]):
     asks; other `RequestError`s refuse the request as they say. It is bounded by the operations' time limit, as the
     execution is; the client's own slowness in sending is not.
 
-    `places` bounds how many streams are open at a time, in all and of one caller, which is what `who` makes of a
+    `streams` bounds how many subscriptions are open at a time, in all and of one caller, which is what `who` makes of a
     context.
 
     `request.state.request_id` is set before `context` is called; `request.state.operation`, a `documents.Operation`,
@@ -87,12 +87,12 @@ class GraphQLEndpoint(Generic[Context]):
         *,
         context: Callable[[str], Awaitable[Context]],
         who: Callable[[Context], Hashable],
-        places: Places,
+        streams: Places,
     ) -> None:
         self._operations = operations
         self._context = context
         self._who = who
-        self._places = places
+        self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
@@ -153,7 +153,7 @@ class GraphQLEndpoint(Generic[Context]):
                     f"Ask for a subscription with `Accept: {_EVENTS}`, or over a WebSocket.", status=406
                 )
             with ExitStack() as place:
-                place.enter_context(self._places.taken())(self._who(context))
+                place.enter_context(self._streams.taken(self._who(context)))
                 answers = self._operations.subscribe(prepared, context, request.state.request_id)
                 return _EventStream(answers, place.pop_all())
         with structlog.contextvars.bound_contextvars(operation=prepared.operation.name, operation_kind=kind):

@@ -15,6 +15,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
 from contextlib import aclosing, suppress
+from datetime import timedelta
 from typing import Any, Final, Generic, TypeVar
 from uuid import uuid4
 
@@ -68,8 +69,10 @@ class WebSocketEndpoint(Generic[Context]):
     """An ASGI application for sockets at `/graphql`.
 
     `context` makes what resolvers see as `info.context` of an `Authorization` header's value, for each operation. It
-    raises `errors.Unauthenticated` when nobody acceptable asks. `places` bounds how many sockets are open at a time, in
-    all and of one caller, which is what `who` makes of a context.
+    raises `errors.Unauthenticated` when nobody acceptable asks; `lifetime` says for how long it will not.
+
+    `streams` bounds how many subscriptions are open at a time, in all and of one caller, which is what `who` makes of a
+    context. There are as many sockets at most, and as many more that have not said yet who they are.
     """
 
     def __init__(
@@ -78,12 +81,16 @@ class WebSocketEndpoint(Generic[Context]):
         *,
         context: Callable[[str], Awaitable[Context]],
         who: Callable[[Context], Hashable],
-        places: Places,
+        lifetime: Callable[[Context], timedelta],
+        streams: Places,
     ) -> None:
         self.operations = operations
         self.context = context
         self.who = who
-        self.places = places
+        self.lifetime = lifetime
+        self.streams = streams
+        self._sockets = Places(streams.most, most_each=streams.most_each)
+        self._beginners = Places(streams.most, most_each=streams.most)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
@@ -92,19 +99,28 @@ class WebSocketEndpoint(Generic[Context]):
         code, reason = 4406, f"Subprotocol not acceptable: speak {PROTOCOL}"
         if spoken:
             try:
-                with self.places.taken() as belongs_to:
-                    await _Socket(self, scope, receive, send).serve(belongs_to)
+                await self._serve(_Socket(self, scope, receive, send))
             except _Left:
                 return
             except _Close as close:
                 code, reason = close.code, close.reason
+            except errors.Unauthenticated as refusal:
+                code, reason = 4403, f"Forbidden: {refusal.message}"
             except errors.Unavailable as refusal:
                 code, reason = 1013, refusal.message
+            except errors.RateLimited as refusal:
+                code, reason = 1008, refusal.message
             except Exception as failure:
                 _log.error("websocket.failed", exc_info=failure)
                 code, reason = 4500, "Internal server error"
         with suppress(*_CLOSED):
             await send({"type": "websocket.close", "code": code, "reason": _cut(reason)})
+
+    async def _serve(self, socket: "_Socket[Context]") -> None:
+        with self._beginners.taken(None):
+            context = await socket.begin()
+        with self._sockets.taken(self.who(context)):
+            await socket.serve(self.lifetime(context))
 
 
 class _Socket(Generic[Context]):
@@ -117,17 +133,21 @@ class _Socket(Generic[Context]):
         self._send = send
         self._under_way: dict[str, asyncio.Task[None]] = {}
 
-    async def serve(self, belongs_to: Callable[[Hashable], None]) -> None:
-        """Until somebody closes. Raises `_Left`, `_Close`, and `Unavailable` for who had better come again."""
-        await self._begin(belongs_to)
+    async def serve(self, lifetime: timedelta) -> None:
+        """Until somebody closes, for so long at most. Raises `_Left` and `_Close`, and `Unauthenticated` and
+        `Unavailable` for who had better come again."""
+        await self._say({"type": "connection_ack"})
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with asyncio.timeout(lifetime.total_seconds()), asyncio.TaskGroup() as tasks:
                 while True:
                     await self._take(await self._message(), tasks)
         except BaseExceptionGroup as together:
-            raise _first(together) from None
+            raise together.exceptions[0] from None  # the rest was canceled because of it
+        except TimeoutError:
+            raise errors.Unauthenticated("The token has expired.") from None
 
-    async def _begin(self, belongs_to: Callable[[Hashable], None]) -> None:
+    async def begin(self) -> Context:
+        """Who they are. Raises as `serve` does."""
         try:
             async with asyncio.timeout(_INIT_SECONDS):
                 while (message := await self._message())["type"] != "connection_init":
@@ -140,11 +160,7 @@ class _Socket(Generic[Context]):
         if not isinstance(payload, dict | None):
             raise _Close(4400, "The payload of connection_init is an object or null")
         self._authorization = _authorization(payload or {}) or self._authorization
-        try:
-            belongs_to(self._endpoint.who(await self._context()))
-        except errors.Unauthenticated as refusal:
-            raise _Close(4403, f"Forbidden: {refusal.message}") from None
-        await self._say({"type": "connection_ack"})
+        return await self._context()
 
     async def _context(self) -> Context:
         """Anew for each operation: whose socket it was at first is not asked."""
@@ -219,12 +235,9 @@ class _Socket(Generic[Context]):
                     await self._say({"id": id_, "type": "next", "payload": answer.body()})
             ended = "complete"
             await self._end(id_, {"type": "complete"})
-        except errors.Unauthenticated as refusal:
+        except (errors.Unauthenticated, errors.Unavailable) as refusal:
             ended = refusal.code
-            raise _Close(4403, f"Forbidden: {refusal.message}") from None
-        except errors.Unavailable as refusal:
-            ended = refusal.code
-            raise _Close(1013, refusal.message) from None
+            raise
         finally:
             seconds = time.perf_counter() - began
             if is_single:
@@ -245,9 +258,13 @@ class _Socket(Generic[Context]):
         operations = self._endpoint.operations
         if prepared.operation.kind == "subscription":
             context = await self._context()
-            async with aclosing(operations.subscribe(prepared, context, request_id)) as answers:
-                async for answer in answers:
-                    yield answer
+            try:
+                with self._endpoint.streams.taken(self._endpoint.who(context)):
+                    async with aclosing(operations.subscribe(prepared, context, request_id)) as answers:
+                        async for answer in answers:
+                            yield answer
+            except errors.RateLimited as refusal:
+                yield refused(refusal)
             return
         try:
             answer = await operations.execute(prepared, await self._context(), request_id)
@@ -293,11 +310,6 @@ def _authorization(payload: dict[str, Any]) -> str | None:
         if name.lower() == "authorization" and isinstance(value, str):
             return value
     return None
-
-
-def _first(together: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Why a socket ends: what went wrong first; the rest was canceled because of it."""
-    return together.exceptions[0]
 
 
 def _cut(reason: str) -> str:

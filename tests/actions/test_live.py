@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,7 +12,7 @@ import pytest
 
 from app import clock, db, errors, live, provisioning
 from app.auth import Call
-from app.changes import Changes, Watch
+from app.changes import Changes, Watch, announce
 from app.db import Database
 from app.lifecycle import AccountStatus, MemberRole, Scope
 from app.live import Change
@@ -281,9 +282,40 @@ async def test_ends_when_the_service_stops_and_cannot_begin_after(house: Stage, 
         with pytest.raises(errors.Unavailable, match="stopping"):
             await coming
     later = follow(house, SUPPORT, await house.account_key("acme"))
-    assert await told(later, 1) == [(ACTIVE, 0)]
     with pytest.raises(errors.Unavailable, match="stopping"):
         await next_of(later)
+
+
+@pytest.mark.postgres
+async def test_a_stop_does_not_wait_for_a_database_that_does_not_answer(
+    postgres_server: PostgresServer, tmp_path: Any, waits: asyncio.Event
+) -> None:
+    """However many would look at it, and wait for their turn."""
+    if not postgres_server.can_restart:
+        pytest.skip("the given server is not ours to pause")
+    name = await postgres_server.create_database()
+    database = await Database.open(postgres_server.url(name))
+    try:
+        with database.bind():
+            async with cast.stage(database, tmp_path) as house, AsyncExitStack() as stack:
+                patient = replace(house.installation, request_timeout=timedelta(hours=1))
+                house = replace(house, installation=patient)  # noqa: PLW2901
+                streams = [await stack.enter_async_context(watched(house, SUPPORT)) for _ in range(9)]
+                looking = [await waiting(stream, waits) for stream in streams]
+                postgres_server.pause()
+                try:
+                    patient.changes.hint_all()
+                    while not patient.changes.turns.locked():  # noqa: ASYNC110  nobody tells
+                        await asyncio.sleep(0)
+                    patient.changes.end()
+                    async with asyncio.timeout(LONG):
+                        ended = await asyncio.gather(*looking, return_exceptions=True)
+                finally:
+                    postgres_server.resume()
+                assert {str(one) for one in ended} == {"The service is stopping. Connect again in a moment."}
+    finally:
+        await database.close()
+        await postgres_server.drop_database(name)
 
 
 # -------------------------------------------------------------------------------------------- processes and databases
@@ -376,6 +408,19 @@ async def test_hints_are_kept_once_for_each_account(sqlite_database: Database) -
         changes.hint_all()
         assert await watch.wait(LONG) == set(ids)
         assert await watch.wait(0) == set(ids)
+
+
+async def test_a_large_batch_is_a_hint_about_its_accounts_and_about_no_other(house: Stage) -> None:
+    """An import must not make everybody look at everything."""
+    ids, other = [uuid4() for _ in range(450)], uuid4()
+    with house.installation.changes.watch([ids[0], ids[-1], other]) as watch:
+        await announce([other])
+        await watch.wait(LONG)  # or the hint that listening has begun
+        await announce(ids)
+        hinted: set[UUID] = set()
+        while not hinted >= {ids[0], ids[-1]}:
+            hinted.update(await watch.wait(LONG))
+    assert other not in hinted
 
 
 async def test_nobody_is_remembered_who_has_left(house: Stage) -> None:

@@ -286,14 +286,15 @@ async def test_when_the_places_are_taken_clients_are_told_to_come_again(one_hous
 
 
 async def test_one_caller_has_a_share_of_the_places(one_house: Stage) -> None:
-    app = main.create_app(replace(one_house.settings, streams=20), one_house.installation)
+    app = main.create_app(replace(one_house.settings, streams=100), one_house.installation)
     acme, token = await one_house.account_id("acme"), one_house.token(BILLING)
     async with (
         app.router.lifespan_context(app),
         serving(app, one_house.installation.changes) as served,
         streaming(served, token, acme),
     ):
-        assert (await post(served, token, WATCH, ids=[acme])).status_code == 503
+        refused = await post(served, token, WATCH, ids=[acme])
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
         async with streaming(served, one_house.token(ALICE), acme) as other:
             assert await other.change() == ("acme", "ACTIVE", 0)
 

@@ -202,7 +202,7 @@ def endpoint() -> GraphQLEndpoint[Caller]:
         Operations(schema, gate=gate, limits=LIMITS),
         context=context,
         who=attrgetter("authorization"),
-        places=Places(PLACES, most_each=PLACES),
+        streams=Places(PLACES, most_each=PLACES),
     )
 
 

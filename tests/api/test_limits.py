@@ -79,7 +79,7 @@ async def allowed(_: str) -> None:
 @pytest.fixture
 def client() -> Iterator[TestClient]:
     operations = Operations(schema, gate=allowed, limits=LIMITS)
-    endpoint = GraphQLEndpoint(operations, context=anyone, who=str, places=Places(1, most_each=1))
+    endpoint = GraphQLEndpoint(operations, context=anyone, who=str, streams=Places(1, most_each=1))
     with TestClient(Starlette(routes=[Route("/graphql", endpoint)])) as client:
         yield client
 

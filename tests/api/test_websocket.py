@@ -616,34 +616,75 @@ async def test_who_leaves_without_a_word_leaves_nothing_behind(one_house: Stage,
 # ----------------------------------------------------------------------------------------------- places, slow, stop
 
 
+async def init(socket_: Socket, token: str) -> None:
+    await socket_.say("connection_init", payload={"authorization": f"Bearer {token}"})
+
+
 async def test_when_all_places_are_taken_clients_are_told_to_come_again(one_house: Stage) -> None:
     async with small(one_house, 1) as served:
         async with begun(served, one_house.token(ALICE)), opened(served) as second:
-            code, reason = await second.ended()
-            assert (code, reason) == (1013, "All places for streams are taken. Try again in a moment.")
+            await init(second, one_house.token(BILLING))
+            assert await second.ended() == (1013, "All places are taken. Try again in a moment.")
         await until(lambda: not served.server.server_state.tasks)
         async with begun(served, one_house.token(BILLING)):
             pass
 
 
-async def test_one_caller_has_a_share_of_the_places(one_house: Stage) -> None:
-    async with small(one_house, 40) as served:
-        token = one_house.token(ALICE)
-        async with begun(served, token), begun(served, token), opened(served) as third:
-            await third.say("connection_init", payload={"authorization": f"Bearer {token}"})
-            code, reason = await third.ended()
-            assert (code, reason.partition(":")[0]) == (1013, "One caller has at most 2 streams open at a time")
-            async with begun(served, one_house.token(BOB)):
-                pass
+async def test_one_caller_has_a_share_of_the_sockets(one_house: Stage) -> None:
+    """Who has as many as one may have is not told to come again: clients would try for ever."""
+    token = one_house.token(ALICE)
+    async with small(one_house, 200) as served, begun(served, token), begun(served, token), opened(served) as third:
+        await init(third, token)
+        code, reason = await third.ended()
+        assert (code, reason.partition(".")[0]) == (1008, "One caller has at most 2 open at a time")
+        async with begun(served, one_house.token(BOB)):
+            pass
 
 
-async def test_those_who_have_not_said_who_they_are_share_one_share(one_house: Stage) -> None:
-    """Strangers keep nobody out for long: those who begin make room for others at once."""
-    async with small(one_house, 40) as served, opened(served) as first, opened(served), opened(served) as third:
+async def test_one_caller_has_a_share_of_the_subscriptions_on_however_few_sockets(one_house: Stage) -> None:
+    acme = await one_house.account_id("acme")
+    async with small(one_house, 200) as served, begun(served, one_house.token(ALICE)) as socket_:
+        for id_ in ("1", "2"):
+            await socket_.watch(acme, id_=id_)
+        await socket_.subscribe("3", WATCH, ids=[acme])
+        refused = await socket_.hear()
+        assert (refused["type"], refused["id"]) == ("error", "3")
+        assert refused["payload"][0]["extensions"]["code"] == "RATE_LIMITED"
+        await socket_.say("complete", id="1")
+        await socket_.watch(acme, id_="4")
+
+
+async def test_those_who_have_not_said_who_they_are_take_nobodys_place(one_house: Stage) -> None:
+    async with small(one_house, 2) as served, opened(served) as first, opened(served), opened(served) as third:
         assert (await third.ended())[0] == 1013
         await first.begin(one_house.token(ALICE))
         async with begun(served, one_house.token(BOB)):
             pass
+
+
+async def test_a_socket_ends_with_its_token_whatever_is_under_way(one_house: Stage, one_served: Served) -> None:
+    async with opened(one_served) as socket_:
+        await socket_.begin(one_house.token(SUPPORT, timedelta(seconds=1)))
+        assert await socket_.ended() == (4403, "Forbidden: The token has expired.")
+
+
+async def test_who_sends_pings_and_reads_nothing_is_cut_off(one_house: Stage) -> None:
+    """Before anybody has asked who they are: their answers would fill the server."""
+    async with serving(one_house.app, one_house.installation.changes, send_buffer=16_384) as served:
+        plain = socket.socket()
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+        plain.connect(("127.0.0.1", served.port))
+        async with opened(served, sock=plain, max_queue=1, ping_interval=None) as client:
+            client.connection.transport.pause_reading()
+            ping = bytes([0x89, 0x80 | 125]) + bytes(4 + 125)
+            await until(lambda: len(served.server.server_state.connections) == 1)
+            with suppress(OSError):
+                for _ in range(2_000):  # some 25 MB, of which the answers are as large
+                    if not served.server.server_state.connections:
+                        break
+                    client.connection.transport.write(ping * 100)
+                    await asyncio.sleep(0)
+            assert not served.server.server_state.connections
 
 
 @asynccontextmanager
