@@ -11,23 +11,29 @@ anybody's acknowledgement.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
 import structlog
 
-from app import accounts, db, errors, metrics, outbox
+from app import accounts, db, errors, ids, metrics, outbox
 from app.auth import Installation, ServiceFacts
 from app.lifecycle import AccountStatus
-from app.messages import EnforcementLate, LateSystem
+from app.messages import EnforcementLate, LateAccount, LateSystem
 from app.models import Enforcement
 from app.policy import Policy
 
 _log = structlog.stdlib.get_logger(__name__)
 
+LETTERS_APART = timedelta(hours=1)
+"""So far is one letter to the operators from the next. What becomes late in between is in the next one."""
+
 _PENDING = "enforced_at IS NULL AND lifted_at IS NULL"
+_NAME = "enforcement"
+_LISTED = 10
+"""A letter lists so many accounts of a system; the others are counted."""
 
 
 class Status(StrEnum):
@@ -46,7 +52,6 @@ class EnforcementView:
     asked_at: datetime
     due_at: datetime
     enforced_at: datetime | None
-    reported_at: datetime | None
 
     @property
     def status(self) -> Status:
@@ -59,6 +64,13 @@ class EnforcementView:
 
 def _names(policy: Policy) -> dict[str, str]:
     return {system.code: system.name for system in policy.enforcing_systems}
+
+
+def _among(policy: Policy, first: int) -> tuple[str, list[str]]:
+    """The condition that a row is of a system of the policy, and its arguments from `$first` on."""
+    codes = list(_names(policy))
+    marks = ", ".join(f"${index}" for index in range(first, first + len(codes)))
+    return (f"system IN ({marks})" if codes else "1 = 0"), codes
 
 
 def name_of(system: str, policy: Policy) -> str:
@@ -75,7 +87,6 @@ def _view(row: Mapping[str, Any]) -> EnforcementView:
         asked_at=db.as_datetime(row["asked_at"]),
         due_at=db.as_datetime(row["due_at"]),
         enforced_at=db.as_datetime(row["enforced_at"]),
-        reported_at=db.as_datetime(row["reported_at"]),
     )
 
 
@@ -98,6 +109,7 @@ async def ask(policy: Policy, account_id: UUID, now: datetime) -> None:
                 system=system.code,
                 asked_at=now,
                 due_at=now + system.within,
+                report_at=now + system.within,
             )
             for system in policy.enforcing_systems
         ]
@@ -105,9 +117,14 @@ async def ask(policy: Policy, account_id: UUID, now: datetime) -> None:
 
 
 async def lift(account_id: UUID, now: datetime) -> None:
-    """A restart has ended the cancellation: nobody is waited for any more, and what was acknowledged stays known."""
+    """A restart has ended the cancellation: nobody is waited for any more, and what was acknowledged stays known.
+    After what it ends, even if the clock was set back since."""
+    last = "COALESCE(enforced_at, asked_at)"
     await db.execute(
-        "UPDATE enforcement SET lifted_at = $2 WHERE account_id = $1 AND lifted_at IS NULL", account_id, now
+        f"UPDATE enforcement SET lifted_at = CASE WHEN {last} > $2 THEN {last} ELSE $2 END "
+        "WHERE account_id = $1 AND lifted_at IS NULL",
+        account_id,
+        now,
     )
 
 
@@ -132,11 +149,11 @@ async def acknowledge(policy: Policy, service: ServiceFacts, account_id: UUID | 
             raise await _refusal(policy, service.name, account_id, epoch)
         found = _view(row)
         if found.enforced_at is None:
-            now = await db.now()
+            now = max(await db.now(), found.asked_at)  # the clock may have been set back
             await db.execute(
                 "UPDATE enforcement SET enforced_at = $2, enforced_by_id = $3 WHERE id = $1", found.id, now, service.id
             )
-            await _measure(found, now)
+            await _measure(policy, found, now)
             found = replace(found, enforced_at=now)
         return found
 
@@ -162,10 +179,16 @@ async def _refusal(policy: Policy, system: str, account_id: UUID | None, epoch: 
     )
 
 
-async def _measure(last: EnforcementView, now: datetime) -> None:
-    """Under the account's lock, so that of several acknowledgements at once exactly one is the last."""
+async def _measure(policy: Policy, last: EnforcementView, now: datetime) -> None:
+    """Under the account's lock, so that of several acknowledgements at once exactly one is the last. Systems that the
+    policy does not name any more are not waited for."""
+    if last.system not in _names(policy):
+        return
+    named, codes = _among(policy, 2)
     waits = await db.fetch_one(
-        f"SELECT 1 AS one FROM enforcement WHERE account_id = $1 AND {_PENDING} LIMIT 1", last.account_id
+        f"SELECT 1 AS one FROM enforcement WHERE account_id = $1 AND {_PENDING} AND {named} LIMIT 1",
+        last.account_id,
+        *codes,
     )
     if waits is None:
         db.on_commit(lambda: metrics.enforced(now - last.asked_at))
@@ -174,53 +197,83 @@ async def _measure(last: EnforcementView, now: datetime) -> None:
 # ---------------------------------------------------------------------------------------------------------- timers
 
 
-async def report(installation: Installation, account_id: UUID) -> bool:
-    """Tell the operators which systems are late with an account's cancellation: of each once, of those that are late
-    together in one letter. True when something was late that they had not been told of."""
+async def report(installation: Installation) -> set[UUID]:
+    """Tell the operators, in one letter, which systems are late with which cancellations. What is late meanwhile waits
+    for the next letter, an hour later. Answers the accounts of which they are told now, and those of which there is
+    nothing to tell any more: their data is gone, or the policy does not name the system.
+
+    It waits for nobody: what somebody is about to acknowledge or to restart is left for the next time.
+    """
     policy = installation.policy
     async with db.transaction():
-        account = await accounts.lock_unless_busy(account_id)
+        await db.exclusively(_NAME)
         now = await db.now()
-        if account is None:
-            return False
-        rows = await db.fetch(
-            f"SELECT * FROM enforcement WHERE account_id = $1 AND {_PENDING} AND due_at <= $2 ORDER BY due_at, system",
-            account.id,
-            now,
+        last = await db.fetch_one("SELECT MAX(reported_at) AS at FROM enforcement WHERE reported_at IS NOT NULL")
+        told_at = db.as_datetime(last["at"]) if last is not None else None
+        if told_at is not None and now < told_at + LETTERS_APART:
+            await _due("report_at = $2", "1 = 1", [now, told_at + LETTERS_APART])
+            return set()
+        named, codes = _among(policy, 2)
+        worth_it = (
+            f"{named} AND NOT EXISTS (SELECT 1 FROM account WHERE account.id = enforcement.account_id "
+            f"AND account.status = '{AccountStatus.DELETED}')"
         )
-        late = [_view(row) for row in rows]
-        news = [one for one in late if one.reported_at is None]
-        if not news:
-            return False
-        await db.execute(
-            f"UPDATE enforcement SET reported_at = $2 WHERE account_id = $1 AND {_PENDING} AND due_at <= $2 "
-            "AND reported_at IS NULL",
-            account.id,
-            now,
+        dropped = await _due("report_at = NULL", f"NOT ({worth_it})", [now, *codes])
+        news = await _due("report_at = NULL, reported_at = $1", worth_it, [now, *codes])
+        if news:
+            late = await db.fetch(
+                "SELECT system, COUNT(*) AS late, MIN(due_at) AS since FROM enforcement "
+                f"WHERE {_PENDING} AND due_at <= $1 AND {worth_it} GROUP BY system",
+                now,
+                *codes,
+            )
+            await _tell(installation, late, news, now)
+        return {db.as_uuid(row["account_id"]) for row in [*dropped, *news]}
+
+
+async def _due(assignments: str, condition: str, args: list[Any]) -> list[dict[str, Any]]:
+    """Change what is to be told at the time $1, and answer it. A row that another transaction has is passed over: a
+    restart takes several, and would wait for this one while this one waits for it."""
+    return await db.fetch(
+        f"UPDATE enforcement SET {assignments} WHERE id IN (SELECT id FROM enforcement "
+        f"WHERE {_PENDING} AND report_at IS NOT NULL AND report_at <= $1 AND {condition}"
+        f"{db.for_update(skip_locked=True)}) RETURNING account_id, epoch, system, due_at",
+        *args,
+    )
+
+
+async def _tell(
+    installation: Installation, late: Sequence[Mapping[str, Any]], news: Sequence[Mapping[str, Any]], now: datetime
+) -> None:
+    counted = {row["system"]: row for row in late}
+    systems = []
+    for code, name in _names(installation.policy).items():
+        if code not in counted:
+            continue
+        new = [row for row in news if row["system"] == code]
+        new.sort(key=lambda row: (db.as_datetime(row["due_at"]), str(row["account_id"])))
+        systems.append(
+            LateSystem(
+                code=code,
+                name=name,
+                since=db.as_datetime(counted[code]["since"]),
+                late=counted[code]["late"],
+                news=len(new),
+                first=tuple(
+                    LateAccount(id=ids.encode(ids.Kind.ACCOUNT, db.as_uuid(row["account_id"])), epoch=row["epoch"])
+                    for row in new[:_LISTED]
+                ),
+            )
         )
-        # Of an account whose data is gone nothing is written any more.
-        if account.status is AccountStatus.DELETED or not any(one.is_late(policy, now) for one in news):
-            return True
-        told = [one for one in late if one.is_late(policy, now)]
-        operators = policy.operators
-        email = EnforcementLate(
-            account_name=account.name,
-            account_reference=account.reference,
-            canceled_at=told[0].asked_at,
-            epoch=account.epoch,
-            systems=tuple(
-                LateSystem(code=one.system, name=name_of(one.system, policy), due_at=one.due_at) for one in told
-            ),
-        )
-        await outbox.put(
-            [outbox.Addressed(name=operators.name, address=operators.email, email=email)],
-            account_id=account.id,
-            now=now,
-            mail_domain=installation.mail_domain,
-        )
-        systems = [one.system for one in told]
-        db.on_commit(lambda: _log.error("enforcement.late", account_id=str(account.id), systems=systems))
-        return True
+    operators = installation.policy.operators
+    await outbox.put(
+        [outbox.Addressed(name=operators.name, address=operators.email, email=EnforcementLate(systems=tuple(systems)))],
+        account_id=None,
+        now=now,
+        mail_domain=installation.mail_domain,
+    )
+    told = {system.code: system.news for system in systems}
+    db.on_commit(lambda: _log.error("enforcement.late", systems=told))
 
 
 # --------------------------------------------------------------------------------------------------------- reading

@@ -16,8 +16,8 @@ from app import db
 from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement
 from app.deletion import ERASED, OWN_SYSTEM, tombstone_reference
 from app.lifecycle import OPEN_REQUEST, AccountStatus, RequestStatus, TransitionType
-from app.messages import CATALOGUE
-from app.outbox import MAX_ATTEMPTS
+from app.messages import CATALOGUE, EnforcementLate
+from app.outbox import KEPT, MAX_ATTEMPTS
 from app.webhooks import ERASED_TYPE
 
 LISTED = 20
@@ -428,6 +428,14 @@ _ENFORCEMENT_RULES = (
         wrong="is waited for after its account was restarted, or was lifted without a restart",
         broken="SELECT e.id FROM enforcement e JOIN account a ON a.id = e.account_id "
         "WHERE (e.lifted_at IS NULL) <> (e.epoch = a.epoch)",
+    ),
+    Rule(
+        name="enforcement_told_in_a_letter",
+        of="enforcement",
+        wrong="is marked as told to the operators at a time at which no letter was promised to them",
+        broken=f"SELECT id FROM enforcement WHERE reported_at > $1 AND reported_at NOT IN "
+        f"(SELECT created_at FROM outbox WHERE template = '{EnforcementLate.template}')",
+        since=KEPT,
     ),
 )
 

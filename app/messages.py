@@ -38,12 +38,27 @@ class Link(LinkGrant):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LateAccount:
+    """An account by its opaque id: a letter about many is not found when one of them is erased, and so it has none of
+    their names."""
+
+    id: str
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LateSystem:
-    """A system that has not acknowledged a cancellation in time."""
+    """A system that has not acknowledged cancellations in time."""
 
     code: str
     name: str
-    due_at: datetime
+    since: datetime
+    late: int
+    """How many accounts wait for it in vain."""
+    news: int
+    """How many of these no letter has told of before."""
+    first: tuple[LateAccount, ...]
+    """The first of the latter, by when they were due."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,14 +248,10 @@ class DeletionsHalted(Email):
 @dataclass(frozen=True, kw_only=True)
 class EnforcementLate(Email):
     template = "enforcement-late"
-    about = "To the operators: systems have not acknowledged a cancellation in time. Of each system once."
+    about = "To the operators: systems have not acknowledged cancellations in time. One for all, at most once an hour."
 
-    account_name: str
-    account_reference: str
-    canceled_at: datetime
-    epoch: int
     systems: tuple[LateSystem, ...]
-    """All that are late, those that were told of before among them."""
+    """All that are late, those with nothing new among them."""
 
 
 CATALOGUE: dict[str, type[Email]] = {
@@ -283,11 +294,14 @@ def _pack(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, UUID):
         return str(value)
-    if isinstance(value, Contact | Link | LateSystem):
+    if isinstance(value, Contact | Link | LateSystem | LateAccount):
         return {field.name: _pack(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
         return [_pack(one) for one in value]
     return value
+
+
+_LISTS: dict[Any, Any] = {tuple[LateSystem, ...]: LateSystem, tuple[LateAccount, ...]: LateAccount}
 
 
 def _unpack(kind: Any, value: Any) -> Any:
@@ -299,8 +313,8 @@ def _unpack(kind: Any, value: Any) -> Any:
         kind = Link
         if value is None:
             return None
-    if kind == tuple[LateSystem, ...]:
-        return tuple(_unpack(LateSystem, one) for one in value)
-    if kind in (Contact, Link, LateSystem):
+    if kind in _LISTS:
+        return tuple(_unpack(_LISTS[kind], one) for one in value)
+    if kind in (Contact, Link, LateSystem, LateAccount):
         return kind(**{field.name: _unpack(field.type, value[field.name]) for field in fields(kind)})
     return value

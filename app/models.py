@@ -580,8 +580,8 @@ class Enforcement(Model):
 
     Kept by the database: (account, epoch, system) unique, and (account, system) among those that are not lifted;
     due_at after asked_at; enforced_at and enforced_by_id together, not before asked_at nor after lifted_at; an
-    enforced_at is never changed; reported_at not before due_at; partial indexes where neither enforced_at nor lifted_at
-    is set.
+    enforced_at is never changed; report_at and reported_at not before due_at, and at most one of them; partial indexes
+    where neither enforced_at nor lifted_at is set, and where reported_at is.
     """
 
     id = fields.UUIDField(primary_key=True, default=uuid7)
@@ -601,8 +601,10 @@ class Enforcement(Model):
     """The service."""
     lifted_at = UtcDatetimeField(null=True)
     """When a restart ended the cancellation: nothing is waited for any more."""
+    report_at = UtcDatetimeField(null=True)
+    """When the operators are to be told, if it is late then. None when there is nothing to tell any more."""
     reported_at = UtcDatetimeField(null=True)
-    """When it was late and the operators were told, or there was nothing left to tell."""
+    """When a letter to the operators has counted it."""
 
     class Meta:
         table = "enforcement"

@@ -7,7 +7,7 @@ holds is left for the next round; one that cannot be moved rests for a while and
 """
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
@@ -101,8 +101,8 @@ REPORT_ENFORCEMENT = Timer(
     name="report_enforcement",
     table="enforcement",
     account="account_id",
-    column="due_at",
-    condition="enforced_at IS NULL AND lifted_at IS NULL AND reported_at IS NULL",
+    column="report_at",
+    condition="enforced_at IS NULL AND lifted_at IS NULL AND report_at IS NOT NULL",
 )
 TIMERS = (EXPIRE, TAKE_EFFECT, REMIND_CSM, ESCALATE, REPORT_ENFORCEMENT, REMIND_DELETION, BEGIN_DELETION, ERASE)
 
@@ -124,7 +124,7 @@ class Timers:
             TAKE_EFFECT.name: self._each(TAKE_EFFECT, cancellation.take_effect),
             REMIND_CSM.name: self._each(REMIND_CSM, assistance.remind),
             ESCALATE.name: self._each(ESCALATE, assistance.escalate),
-            REPORT_ENFORCEMENT.name: self._each(REPORT_ENFORCEMENT, enforcement.report),
+            REPORT_ENFORCEMENT.name: self._whole(REPORT_ENFORCEMENT, enforcement.report),
             REMIND_DELETION.name: self._each(REMIND_DELETION, deletion.remind),
             BEGIN_DELETION.name: self._together(BEGIN_DELETION, deletion.begin),
             ERASE.name: self._each(ERASE, lambda shared, account_id: deletion.erase(shared, forget, account_id)),
@@ -186,16 +186,35 @@ class Timers:
                 try:
                     if await move(shared, account_id):
                         done.append(account_id)
-                except errors.Unavailable:
-                    await db.now()  # Raises where it is the database that is away, and not one row that is held.
-                    _log.warning("timer.busy", timer=timer.name, account_id=str(account_id))
-                    self._resting[timer.name, account_id] = time.monotonic() + _REST_SECONDS
-                except Exception:
-                    _log.exception("timer.failed", timer=timer.name, account_id=str(account_id))
-                    self._resting[timer.name, account_id] = time.monotonic() + _REST_SECONDS
+                except Exception as error:
+                    await self._rest(timer, [account_id], error)
             return done
 
         return all_of
+
+    def _whole(self, timer: Timer, move: Callable[[Installation], Awaitable[Collection[UUID]]]) -> _Move:
+        """Moves at once all that is due, of which the page is a part. When that fails, the page rests."""
+
+        async def all_of(shared: Installation, account_ids: Sequence[UUID]) -> Sequence[UUID]:
+            try:
+                moved = await move(shared)
+            except Exception as error:
+                await self._rest(timer, account_ids, error)
+                return []
+            return [account_id for account_id in account_ids if account_id in moved]
+
+        return all_of
+
+    async def _rest(self, timer: Timer, account_ids: Sequence[UUID], error: Exception) -> None:
+        """Let them be for a while, and say why; to be called where `error` is caught."""
+        about = {"account_id": str(account_ids[0])} if len(account_ids) == 1 else {"accounts": len(account_ids)}
+        if isinstance(error, errors.Unavailable):
+            await db.now()  # Raises where it is the database that is away, and not one row that is held.
+            _log.warning("timer.busy", timer=timer.name, **about)
+        else:
+            _log.exception("timer.failed", timer=timer.name, **about)
+        for account_id in account_ids:
+            self._resting[timer.name, account_id] = time.monotonic() + _REST_SECONDS
 
     def _together(self, timer: Timer, move: _Move) -> _Move:
         """Moves all accounts at once. When that fails, one by one, so that the one that fails holds up no other."""

@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
-from app import lifecycle, messages
+from app import ids, lifecycle, messages
 from app.delivery.email import Recipient, compose, render
 from app.errors import Contact
 from app.lifecycle import LinkPurpose
-from app.policy import Plan, Policy
+from app.policy import EnforcingSystem, Plan, Policy
 
 _NOW = datetime(2026, 11, 23, 14, 5, tzinfo=UTC)
 _HOUR = timedelta(hours=1)
@@ -189,13 +189,7 @@ def samples(policy: Policy) -> list[tuple[messages.Email, Contact]]:
             policy.operators,
         ),
         (
-            messages.EnforcementLate(
-                account_name="Acme",
-                account_reference="acme",
-                canceled_at=_NOW,
-                epoch=1,
-                systems=_late(policy),
-            ),
+            messages.EnforcementLate(systems=_late(policy)),
             policy.operators,
         ),
     ]
@@ -207,12 +201,23 @@ def _plan(policy: Policy, code: str) -> Plan:
 
 
 def _late(policy: Policy) -> tuple[messages.LateSystem, ...]:
-    """The policy's first two enforcing systems, or one of a policy that has none."""
-    found = tuple(
-        messages.LateSystem(code=system.code, name=system.name, due_at=_NOW + system.within)
-        for system in policy.enforcing_systems[:2]
+    """The policy's first two enforcing systems, or one of a policy that has none. The first has more to tell
+    than is listed, and was told of before."""
+    shipped = EnforcingSystem(code="mailer", name="Mail delivery", within=timedelta(minutes=10))
+    return tuple(
+        messages.LateSystem(
+            code=system.code,
+            name=system.name,
+            since=_NOW + system.within,
+            late=late,
+            news=news,
+            first=tuple(
+                messages.LateAccount(id=ids.encode(ids.Kind.ACCOUNT, UUID(int=number)), epoch=1)
+                for number in range(1, min(news, 10) + 1)
+            ),
+        )
+        for system, (late, news) in zip(policy.enforcing_systems[:2] or (shipped,), ((31, 12), (1, 1)), strict=False)
     )
-    return found or (messages.LateSystem(code="mailer", name="Mail delivery", due_at=_NOW + timedelta(minutes=10)),)
 
 
 def _link(purpose: LinkPurpose, to: Contact, expires_at: datetime) -> messages.Link:

@@ -1,6 +1,7 @@
 """Who has obeyed: each system speaks for itself, about the cancellation that stands, and the late are told of once."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
@@ -10,8 +11,24 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from tortoise.connection import get_connection
 
-from app import db, deletion, enforcement, errors, invariants, metrics, people, policy, provisioning, restart, timers
+from app import (
+    alarms,
+    db,
+    deletion,
+    enforcement,
+    errors,
+    ids,
+    invariants,
+    metrics,
+    outbox,
+    people,
+    policy,
+    provisioning,
+    restart,
+    timers,
+)
 from app.auth import ServiceFacts
 from app.db import Database
 from app.lifecycle import CancellationTiming, Scope
@@ -19,7 +36,7 @@ from tests.actions.test_races import canceled as cancel_one
 from tests.actions.test_races import held, raced, together, waiting
 from tests.api.test_deletions import text
 from tests.cast import ALICE, BILLING, GATEKEEPER, SUPPORT, Stage
-from tests.ending import DAY, HOUR, MOMENT, WINDOW, StoppedClock, count, log_in_memory, promised
+from tests.ending import DAY, HOUR, MOMENT, WINDOW, StoppedClock, count, log_in_memory
 from tests.enforcing import LOGIN, MAILER, MINUTE, SYSTEMS, acknowledge, add_system, obeyed, shown, statuses
 
 OPERATORS = policy.load().operators.email
@@ -260,7 +277,7 @@ async def test_a_system_that_is_no_longer_named_is_not_late_and_may_acknowledge(
     assert enforcement.name_of("mailer", shared.policy) == "mailer"
     assert await without.timers().run() == 1
     (letter,) = [one for one in await without.letters() if one["To"].addresses[0].addr_spec == OPERATORS]
-    assert systems_in(letter) == ["Sign-in (login)"]
+    assert systems_in(letter) == ["Sign-in (login): 1 waiting, 1 new"]
     facts = ServiceFacts(id=db.uuid7(), name=MAILER, scopes=frozenset({Scope.ENFORCEMENT}))
     assert (await enforcement.acknowledge(shared.policy, facts, account_id, 1)).enforced_at == clock.now
 
@@ -275,7 +292,7 @@ async def test_without_systems_nothing_is_late_or_told(house: Stage, clock: Stop
     )
     assert await nobody.timers().run() == 1, "they are noted, so that nothing looks at them again"
     assert await nobody.timers().run() == 0
-    assert await promised(await house.account_key("acme"), "enforcement-late") == {}
+    assert await to_operators(nobody) == []
 
 
 # ----------------------------------------------------------------------------------------------- the last of them
@@ -300,23 +317,76 @@ async def test_the_last_acknowledgement_is_measured_from_the_cancellation_on(
     assert measured == [5 * MINUTE], "of this cancellation one is still waited for"
 
 
+async def test_who_is_no_longer_named_neither_delays_the_last_acknowledgement_nor_gives_it(
+    house: Stage, clock: StoppedClock, measured: list[timedelta]
+) -> None:
+    await house.cancel()
+    without = instead(house, SYSTEMS[1])
+    account_id = await house.account_key("acme")
+    clock.forward(2 * MINUTE)
+    await speak(without, LOGIN, account_id)
+    assert measured == [2 * MINUTE]
+    clock.forward(MINUTE)
+    await speak(without, MAILER, account_id)
+    assert measured == [2 * MINUTE]
+
+
+# ------------------------------------------------------------------------------------------------ a clock set back
+
+
+@pytest.mark.parametrize("after", [timedelta(), MINUTE])
+async def test_a_clock_that_was_set_back_refuses_no_acknowledgement_and_no_restart(
+    house: Stage, clock: StoppedClock, measured: list[timedelta], after: timedelta
+) -> None:
+    """As after a failover to a server whose clock is behind."""
+    await house.cancel()
+    canceled_at = clock.now
+    clock.forward(after)
+    if after:
+        await acknowledge(house, LOGIN, 1)
+    clock.forward(-5 * MINUTE)
+    done = await acknowledge(house, MAILER, 1)
+    assert done["enforcement"]["enforcedAt"] == text(canceled_at)
+    assert measured == ([timedelta()] if after else [])
+    await restart_acme(house)
+    lifted = {row["system"]: db.as_datetime(row["lifted_at"]) for row in await db.fetch("SELECT * FROM enforcement")}
+    assert lifted == {"mailer": canceled_at, "login": canceled_at + after}
+
+
 # --------------------------------------------------------------------------------------------------------- letters
 
 
-def systems_in(letter: EmailMessage) -> list[str]:
-    """The systems that a letter names, as it names them."""
+def said(letter: EmailMessage) -> str:
     body = letter.get_body(("plain",))
     assert isinstance(body, EmailMessage)
-    listed = body.get_content().partition("let in:")[2].partition("Account:")[0]
-    return [" ".join(one.split()).partition(", due")[0] for one in listed.split("- ")[1:]]
+    return " ".join(body.get_content().split())
+
+
+def systems_in(letter: EmailMessage) -> list[str]:
+    """The systems that a letter names, with how many accounts wait for each and of how many it tells first."""
+    found = re.findall(
+        r"- ([\w-]+(?: \w+)* \(\w+\)): accounts waiting: (\d+), since [^;]+; new in this email: (\d+)", said(letter)
+    )
+    return [f"{system}: {late} waiting, {news} new" for system, late, news in found]
+
+
+def accounts_in(letter: EmailMessage) -> list[str]:
+    """The accounts that a letter lists, system by system, with their epochs."""
+    return re.findall(r"- (\S{23}, epoch \d+)", said(letter))
 
 
 async def to_operators(house: Stage) -> list[EmailMessage]:
     return [one for one in await house.letters() if one["To"].addresses[0].addr_spec == OPERATORS]
 
 
-async def test_the_operators_are_told_of_each_late_system_once(house: Stage, clock: StoppedClock) -> None:
-    """However many workers go their rounds; those that are late together in one letter."""
+async def report_due(house: Stage) -> int:
+    """What a round would still find."""
+    (report,) = [one for one in await timers.backlog(house.installation.policy) if one.name == "report_enforcement"]
+    return report.due
+
+
+async def test_the_operators_are_told_when_a_system_is_late_and_not_before(house: Stage, clock: StoppedClock) -> None:
+    """Once, however many workers go their rounds."""
     await house.cancel()
     at = clock.now
     assert await to_operators(house) == []
@@ -326,30 +396,94 @@ async def test_the_operators_are_told_of_each_late_system_once(house: Stage, clo
     with log_in_memory() as log:
         for _ in range(3):
             await house.timers().run()
-            (first,) = await to_operators(house)
+            (letter,) = await to_operators(house)
     assert log.getvalue().count("enforcement.late") == 1
-    assert "Acme" not in log.getvalue()
-    assert first["Subject"] == "Acme is canceled, and not every system has obeyed"
-    assert systems_in(first) == ["Mail delivery (mailer)"]
-    body = first.get_body(("plain",))
-    assert isinstance(body, EmailMessage)
-    said = " ".join(body.get_content().split())
-    assert "Account: Acme (acme)" in said
-    assert f"Canceled: {at:%B} {at.day}, {at:%Y, %H:%M} UTC" in said
+    assert letter["Subject"] == "Cancellations are not obeyed in time by Mail delivery"
+    assert systems_in(letter) == ["Mail delivery (mailer): 1 waiting, 1 new"]
+    assert f"since {at:%B} {at.day}, {at + 10 * MINUTE:%Y, %H:%M} UTC" in said(letter)
+    assert accounts_in(letter) == [f"{await house.account_id('acme')}, epoch 1"]
+    assert "sunset enforcement list --late" in said(letter)
+    for told in (said(letter), log.getvalue()):
+        assert "acme" not in told.lower(), "what the account is called is erased with it, and the letter is not"
 
-    clock.forward(20 * MINUTE)
-    letters = await to_operators(house)
-    assert len(letters) == 2
-    assert systems_in(letters[-1]) == ["Mail delivery (mailer)", "Sign-in (login)"]
+
+async def test_a_mass_cancellation_is_one_letter_and_then_one_an_hour(house: Stage, clock: StoppedClock) -> None:
+    """Whatever becomes late meanwhile is told of in the next one. What waits for it keeps no worker busy, and is
+    not overdue."""
+    accounts = await raced(house, 120)
+    for account_id in accounts[:115]:
+        await cancel_one(house, account_id)
+    clock.forward(10 * MINUTE)
+    (first,) = await to_operators(house)
+    assert systems_in(first) == ["Mail delivery (mailer): 115 waiting, 115 new"]
+    assert len(accounts_in(first)) == 10
+    assert "and 105 more" in said(first)
+
+    for account_id in accounts[115:]:
+        await cancel_one(house, account_id)
+    clock.forward(HOUR - MINUTE)
+    assert await house.timers().run() == 0
+    assert await report_due(house) == 0
+    assert await house.timers().next_due() == MINUTE
+    clock.forward(MINUTE - MOMENT)
+    assert len(await to_operators(house)) == 1
+    clock.forward(MOMENT)
+    first, second = await to_operators(house)
+    assert systems_in(second) == [
+        "Mail delivery (mailer): 120 waiting, 5 new",
+        "Sign-in (login): 120 waiting, 120 new",
+    ]
+    assert {one[:23] for one in accounts_in(second)[:5]} == {
+        ids.encode(ids.Kind.ACCOUNT, account_id) for account_id in accounts[115:]
+    }
+    assert await report_due(house) == 0
     clock.forward(DAY)
-    assert len(await to_operators(house)) == 2
+    assert len(await to_operators(house)) == 2, "there is nothing new"
+    assert [one.name for one in await alarms.current(house.installation)] == [alarms.Name.ENFORCEMENT_LATE]
+    assert await invariants.check() == []
+
+
+async def test_who_obeys_before_the_next_letter_is_not_in_it(house: Stage, clock: StoppedClock) -> None:
+    await house.cancel()
+    clock.forward(10 * MINUTE)
+    assert len(await to_operators(house)) == 1
+    clock.forward(20 * MINUTE)
+    await house.timers().run()
+    await acknowledge(house, LOGIN, 1)
+    clock.forward(DAY)
+    assert len(await to_operators(house)) == 1
+
+
+async def test_a_letter_that_cannot_be_promised_marks_nothing_and_is_tried_again(
+    house: Stage, clock: StoppedClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole of it, with all of its accounts, and by who has not just failed with it."""
+    for account_id in await raced(house, 3):
+        await cancel_one(house, account_id)
+    clock.forward(10 * MINUTE)
+    tried = []
+
+    async def fail(*_: Any, **__: Any) -> None:
+        tried.append(clock.now)
+        raise ZeroDivisionError
+
+    worker = house.timers()
+    with monkeypatch.context() as broken, log_in_memory() as log:
+        broken.setattr(outbox, "put", fail)
+        assert [await worker.run(), await worker.run()] == [0, 0]
+    assert len(tried) == 1
+    assert log.getvalue().count("timer.failed") == 1
+    assert await report_due(house) == 3
+    assert await worker.run() == 0, "it rests"
+    (letter,) = await to_operators(house)
+    assert systems_in(letter) == ["Mail delivery (mailer): 3 waiting, 3 new"]
 
 
 async def test_those_that_are_late_together_are_told_of_in_one_letter(house: Stage, clock: StoppedClock) -> None:
     await house.cancel()
     clock.forward(HOUR)
     (letter,) = await to_operators(house)
-    assert systems_in(letter) == ["Mail delivery (mailer)", "Sign-in (login)"]
+    assert systems_in(letter) == ["Mail delivery (mailer): 1 waiting, 1 new", "Sign-in (login): 1 waiting, 1 new"]
 
 
 async def test_who_has_obeyed_is_not_told_of(house: Stage, clock: StoppedClock) -> None:
@@ -357,7 +491,7 @@ async def test_who_has_obeyed_is_not_told_of(house: Stage, clock: StoppedClock) 
     await acknowledge(house, MAILER, 1)
     clock.forward(HOUR)
     (letter,) = await to_operators(house)
-    assert systems_in(letter) == ["Sign-in (login)"]
+    assert systems_in(letter) == ["Sign-in (login): 1 waiting, 1 new"]
 
 
 @pytest.mark.parametrize("before", [MINUTE, 9 * MINUTE])
@@ -366,8 +500,7 @@ async def test_a_restart_in_time_sends_no_letter(house: Stage, clock: StoppedClo
     clock.forward(before)
     await restart_acme(house)
     clock.forward(DAY)
-    (report,) = [one for one in await timers.backlog(house.installation.policy) if one.name == "report_enforcement"]
-    assert report.due == 0, "no round looks at it again"
+    assert await report_due(house) == 0, "no round looks at it again"
     assert await to_operators(house) == []
     assert [one.late + one.pending for one in await enforcement.waiting(house.installation.policy)] == [0, 0]
 
@@ -383,7 +516,6 @@ async def test_each_cancellation_of_an_account_is_told_of(house: Stage, clock: S
 async def test_a_round_that_comes_after_the_data_is_gone_writes_nothing_about_it(
     house: Stage, clock: StoppedClock
 ) -> None:
-    """The row of an account is somebody's at each round until then."""
     await house.cancel()
     account_id = await house.account_key("acme")
     await house.letters()
@@ -393,9 +525,9 @@ async def test_a_round_that_comes_after_the_data_is_gone_writes_nothing_about_it
     async def keep(_: Any) -> None: ...
 
     assert await deletion.erase(house.installation, keep, account_id)
-    assert await enforcement.report(house.installation, account_id)
-    assert not await enforcement.report(house.installation, account_id)
-    assert await promised(account_id, "enforcement-late") == {}
+    assert await enforcement.report(house.installation) == {account_id}
+    assert await enforcement.report(house.installation) == set()
+    assert await count("outbox", "template = 'enforcement-late'") == 0
     assert await invariants.check() == []
 
 
@@ -406,15 +538,15 @@ async def test_a_round_that_comes_after_the_data_is_gone_writes_nothing_about_it
 async def test_of_acknowledgements_at_the_same_time_exactly_one_is_the_last(
     postgres_house: Stage, measured: list[timedelta]
 ) -> None:
-    ids = await raced(postgres_house)
-    for account_id in ids:
+    accounts = await raced(postgres_house)
+    for account_id in accounts:
         await cancel_one(postgres_house, account_id)
     answers = await together(
-        *(speak(postgres_house, system, account_id) for account_id in ids for system in (MAILER, LOGIN, MAILER))
+        *(speak(postgres_house, system, account_id) for account_id in accounts for system in (MAILER, LOGIN, MAILER))
     )
     assert all(isinstance(one, enforcement.EnforcementView) for one in answers)
-    assert await count("enforcement", "enforced_at IS NOT NULL") == 2 * len(ids)
-    assert len(measured) == len(ids)
+    assert await count("enforcement", "enforced_at IS NOT NULL") == 2 * len(accounts)
+    assert len(measured) == len(accounts)
 
 
 async def speak(house: Stage, system: str, account_id: UUID, epoch: int = 1) -> enforcement.EnforcementView:
@@ -446,11 +578,11 @@ async def test_an_acknowledgement_that_waited_for_a_restart_is_told_of_it(postgr
 
 @pytest.mark.postgres
 async def test_of_restarts_and_acknowledgements_each_has_an_order(postgres_house: Stage) -> None:
-    ids = await raced(postgres_house, 20)
+    accounts = await raced(postgres_house, 20)
     billing = await postgres_house.call(BILLING)
-    for account_id in ids:
+    for account_id in accounts:
         await cancel_one(postgres_house, account_id)
-    for number, account_id in enumerate(ids):
+    for number, account_id in enumerate(accounts):
         actions = [restart.restart(billing, account_id), speak(postgres_house, MAILER, account_id)]
         first = number % 2
         answers = await together(actions[first], actions[1 - first])
@@ -466,13 +598,38 @@ async def test_of_restarts_and_acknowledgements_each_has_an_order(postgres_house
 
 @pytest.mark.postgres
 async def test_of_workers_at_the_same_time_one_writes_the_letter(postgres_house: Stage) -> None:
-    ids = await raced(postgres_house)
-    for account_id in ids:
+    accounts = await raced(postgres_house)
+    for account_id in accounts:
         await cancel_one(postgres_house, account_id)
     await db.advance_clock(HOUR)
-    moved = await together(*(postgres_house.timers().run() for _ in range(4)))
-    while more := await postgres_house.timers().run():
-        moved.append(more)
-    assert sum(moved) == len(ids)
-    for account_id in ids:
-        assert await promised(account_id, "enforcement-late") == {OPERATORS: 1}
+    assert sum(await together(*(postgres_house.timers().run() for _ in range(4)))) == len(accounts)
+    (letter,) = await to_operators(postgres_house)
+    many = f"{len(accounts)} waiting, {len(accounts)} new"
+    assert systems_in(letter) == [f"Mail delivery (mailer): {many}", f"Sign-in (login): {many}"]
+
+
+@pytest.mark.postgres
+async def test_a_letter_waits_for_nobody_and_who_is_passed_over_is_in_the_next(postgres_house: Stage) -> None:
+    """Somebody has the rows of one account: a restart, which takes several of them, one after the other."""
+    accounts = await raced(postgres_house, 2)
+    busy = accounts[0]
+    for account_id in accounts:
+        await cancel_one(postgres_house, account_id)
+    await db.advance_clock(HOUR)
+    client: Any = get_connection("postgresql")
+    other = await client.connect()
+    try:
+        await other.execute("BEGIN")
+        await other.execute("SELECT id FROM enforcement WHERE account_id = $1 AND system = $2 FOR UPDATE", busy, LOGIN)
+        (letter,) = await to_operators(postgres_house)
+        assert systems_in(letter) == [
+            "Mail delivery (mailer): 2 waiting, 2 new",
+            "Sign-in (login): 2 waiting, 1 new",
+        ]
+    finally:
+        await other.close()
+    await postgres_house.timers().run()
+    assert await report_due(postgres_house) == 0
+    await db.advance_clock(HOUR)
+    _, second = await to_operators(postgres_house)
+    assert accounts_in(second) == [f"{ids.encode(ids.Kind.ACCOUNT, busy)}, epoch 1"]

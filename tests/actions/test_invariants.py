@@ -297,6 +297,10 @@ BROKEN: dict[str, list[str]] = {
         "UPDATE enforcement SET lifted_at = NULL WHERE lifted_at IS NOT NULL",
         f"UPDATE enforcement SET lifted_at = {FAR} WHERE lifted_at IS NULL",
     ],
+    "enforcement_told_in_a_letter": [
+        f"UPDATE enforcement SET report_at = NULL, reported_at = {FAR} WHERE reported_at IS NULL",
+        "DELETE FROM outbox WHERE template = 'enforcement-late'",
+    ],
     "last_event_is_erased": [
         "UPDATE webhook_delivery SET payload = '{}', delivered_at = created_at WHERE type = 'account.deleted'"
     ],

@@ -100,7 +100,13 @@ def told(value: object, name: str) -> Iterator[str]:
         case messages.LateSystem():
             yield value.code
             yield value.name
-            yield moment(value.due_at)
+            yield moment(value.since)
+            yield f"accounts waiting: {value.late}, since"
+            yield f"new in this email: {value.news}"
+            yield from told(value.first, name)
+        case messages.LateAccount():
+            yield value.id
+            yield f"epoch {value.epoch}"
         case tuple():
             for one in value:
                 yield from told(one, name)
@@ -247,6 +253,8 @@ def spoiled(value: object, hostile: Callable[[str], str]) -> object:
             return Contact(name=hostile(value.name), email=value.email)
         case messages.LateSystem():
             return replace(value, code=hostile(value.code), name=hostile(value.name))
+        case messages.LateAccount():
+            return replace(value, id=hostile(value.id))
         case tuple():
             return tuple(spoiled(one, hostile) for one in value)
         case _:

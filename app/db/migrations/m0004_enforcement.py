@@ -24,6 +24,7 @@ TABLES = [
             ("enforced_at", UtcDatetimeField(null=True)),
             ("enforced_by_id", fields.UUIDField(null=True)),
             ("lifted_at", UtcDatetimeField(null=True)),
+            ("report_at", UtcDatetimeField(null=True)),
             ("reported_at", UtcDatetimeField(null=True)),
         ],
     ),
@@ -40,7 +41,9 @@ CHECKS = [
         "enforced_before_lifted",
         "NEW.enforced_at IS NULL OR NEW.lifted_at IS NULL OR NEW.enforced_at <= NEW.lifted_at",
     ),
+    Check("enforcement", "report_when_late", "NEW.report_at IS NULL OR NEW.report_at >= NEW.due_at"),
     Check("enforcement", "reported_when_late", "NEW.reported_at IS NULL OR NEW.reported_at >= NEW.due_at"),
+    Check("enforcement", "reported_once", "NEW.report_at IS NULL OR NEW.reported_at IS NULL"),
 ]
 
 REFUSALS = [
@@ -58,8 +61,9 @@ INDEXES = """
 CREATE UNIQUE INDEX enforcement_once ON enforcement (account_id, epoch, system);
 CREATE UNIQUE INDEX enforcement_current ON enforcement (account_id, system) WHERE lifted_at IS NULL;
 CREATE INDEX enforcement_pending ON enforcement (system, due_at) WHERE enforced_at IS NULL AND lifted_at IS NULL;
-CREATE INDEX enforcement_unreported ON enforcement (due_at, account_id)
-    WHERE enforced_at IS NULL AND lifted_at IS NULL AND reported_at IS NULL;
+CREATE INDEX enforcement_unreported ON enforcement (report_at, account_id)
+    WHERE enforced_at IS NULL AND lifted_at IS NULL AND report_at IS NOT NULL;
+CREATE INDEX enforcement_reported ON enforcement (reported_at) WHERE reported_at IS NOT NULL;
 CREATE INDEX enforcement_listed ON enforcement (due_at, id) WHERE lifted_at IS NULL;
 """
 
