@@ -91,14 +91,14 @@ class _Line(Generic[Work]):
                     await self._sleep(wakeups)
 
     async def claim(self) -> bool:
-        """Begin to deliver what is due, as far as there is room. True when there may be more to do at once."""
+        """Begin to deliver what is due, as far as there is room. True when it was something: there may be more."""
         places = self._concurrency - len(self.under_way)
         claimed = await self._take(places) if places > 0 else []
         for one in claimed:
             task = asyncio.create_task(self._deliver(one))
             self.under_way.add(task)
             task.add_done_callback(self._free)
-        return bool(claimed and self._has_room())
+        return bool(claimed)
 
     def _free(self, task: asyncio.Task[None]) -> None:
         self.under_way.discard(task)
