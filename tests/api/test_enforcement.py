@@ -85,7 +85,9 @@ async def test_the_list_is_read_in_pages(house: Stage) -> None:
     for number in range(2):
         await many(house, 2, "hooli")
         await house.cancel(ALICE, f"hooli-{number}", f"Of {number}")
-    await db.execute("UPDATE enforcement SET due_at = (SELECT MAX(due_at) FROM enforcement)")
+    await db.execute(
+        "UPDATE enforcement SET due_at = latest, report_at = latest FROM (SELECT MAX(due_at) AS latest FROM enforcement) l"
+    )
     found: list[str] = []
     after = None
     for size in (3, 1):
