@@ -609,6 +609,24 @@ async def test_of_workers_at_the_same_time_one_writes_the_letter(postgres_house:
 
 
 @pytest.mark.postgres
+async def test_a_letter_that_another_worker_is_writing_is_waited_for(postgres_house: Stage) -> None:
+    """And what it does not tell of is left for an hour, as what becomes late after it."""
+    (account_id,) = await raced(postgres_house, 1)
+    await cancel_one(postgres_house, account_id)
+    await db.advance_clock(HOUR)
+    async with held(account_id) as other:
+        await other.execute("SELECT pg_advisory_xact_lock(hashtextextended('enforcement', 0))")
+        await other.execute(
+            "UPDATE enforcement SET report_at = NULL, reported_at = $1 WHERE system = 'mailer'", await db.now()
+        )
+        second = asyncio.create_task(enforcement.report(postgres_house.installation))
+        await waiting()
+    assert await second == set()
+    assert await report_due(postgres_house) == 0
+    assert await count("outbox", "template = 'enforcement-late'") == 0
+
+
+@pytest.mark.postgres
 async def test_a_letter_waits_for_nobody_and_who_is_passed_over_is_in_the_next(postgres_house: Stage) -> None:
     """Somebody has the rows of one account: a restart, which takes several of them, one after the other."""
     accounts = await raced(postgres_house, 2)

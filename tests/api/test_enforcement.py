@@ -86,7 +86,8 @@ async def test_the_list_is_read_in_pages(house: Stage) -> None:
         await many(house, 2, "hooli")
         await house.cancel(ALICE, f"hooli-{number}", f"Of {number}")
     await db.execute(
-        "UPDATE enforcement SET due_at = latest, report_at = latest FROM (SELECT MAX(due_at) AS latest FROM enforcement) l"
+        "UPDATE enforcement SET due_at = latest, report_at = latest "
+        "FROM (SELECT MAX(due_at) AS latest FROM enforcement) found"
     )
     found: list[str] = []
     after = None
