@@ -238,9 +238,15 @@ class _Exchange(asyncio.BufferedProtocol):
                 self._length_is_told = True
 
     def on_headers_complete(self) -> None:
+        if self.status is not None:
+            return
         status = self._parser.get_status_code()
-        if self.status is None and status >= 200:  # what is below announces the answer
+        if status >= 200:
             self.status = status
+        else:  # it announces the answer, and its headers say nothing about that
+            self._length_is_told = False
+        if status <= 299:  # nothing is to be tried again
+            self.retry_after = None
 
     def on_message_complete(self) -> None:
         if self.status is not None:
@@ -255,7 +261,7 @@ def _retry_after(value: str | None) -> timedelta | None:
         return timedelta(seconds=min(int(value), 10_000_000))
     try:
         moment = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)

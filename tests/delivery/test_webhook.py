@@ -180,6 +180,8 @@ async def test_an_answer_of_any_form_is_read_to_its_end() -> None:
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early", b" Hints\r\n\r\nHTTP/1.1 202 Accepted\r\n", b"\r\n"),
         (b"HTTP/1.1 202 Accepted\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", b"lo\r\n0\r\nRetry-After: 9\r\n\r\n"),
         (b"HTTP/1.0 202 Accepted\r\n\r\nfine",),
+        (b"HTTP/1.1 100 Continue\r\nContent-Length: 0\r\nRetry-After: 9\r\n\r\n", b"HTTP/1.1 202 Accepted\r\n\r\nfine"),
+        (b"HTTP/1.1 202 Accepted\r\nRetry-After: 9\r\nContent-Length: 0\r\n\r\n",),
         (b"HTTP/1.1 202 A\r\nContent-Length: 0\r\n\r\nHTTP/1.1 410 B\r\nRetry-After: 9\r\nContent-Length: 0\r\n\r\n",),
     ):
 
@@ -207,7 +209,11 @@ async def test_no_proxy_of_the_environment_is_asked_and_no_cookie_is_kept(monkey
 
 
 @pytest.mark.parametrize(
-    ("header", "wanted"), [("120", 120), ("date", 90), ("soon", None), ("-5", None), ("9" * 60, 10_000_000)]
+    ("header", "wanted"),
+    [
+        *(("120", 120), ("date", 90), ("soon", None), ("-5", None), ("9" * 60, 10_000_000)),
+        ("Mon, 01 Jan 2026 00:00:00 +99999999999999999999", None),
+    ],
 )
 async def test_retry_after_is_read_in_seconds_and_as_a_date(header: str, wanted: int | None) -> None:
     if header == "date":
