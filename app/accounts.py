@@ -4,7 +4,7 @@ SQL by hand, the same text for both engines: a status query is one round trip, a
 them. Nothing here decides who may see what; `app.auth` and the resolvers do, and pass the scope in.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -247,6 +247,13 @@ async def lock_unless_busy(account_id: UUID) -> AccountView | None:
 async def lock_row(account_id: UUID) -> None:
     """Wait for the account's row and lock it until the transaction ends. What is read after that, holds."""
     await db.fetch_one(f"SELECT id FROM account WHERE id = $1{db.for_update()}", account_id)
+
+
+async def lock_rows(account_ids: Collection[UUID]) -> None:
+    """The same for several, in the order in which everybody who locks several does."""
+    if account_ids:
+        marks = ", ".join(f"${index}" for index in range(1, len(account_ids) + 1))
+        await db.fetch(f"SELECT id FROM account WHERE id IN ({marks}) ORDER BY id{db.for_update()}", *account_ids)
 
 
 async def load_many(account_ids: Sequence[UUID]) -> dict[UUID, AccountView]:

@@ -17,7 +17,7 @@ from app.auth import Call, require_webhook_manager
 from app.lifecycle import TransitionType
 from app.models import WebhookEndpoint
 from app.receivers import Receivers, Refused
-from app.webhooks import DeliveryView, EndpointView
+from app.webhooks import DeliveryView, EndpointView, Promised
 
 ROTATION: Final = timedelta(hours=24)
 """How long the secret before a rotation signs too."""
@@ -27,6 +27,9 @@ MAX_URL_LENGTH: Final = 2_000
 MAX_DESCRIPTION_LENGTH: Final = 500
 MAX_AT_ONCE: Final = 10_000
 """How many deliveries one call delivers again at most; the next call, since the last one's time, goes on."""
+
+_BATCH = 500
+"""Deliveries in one transaction, which holds the locks of their accounts."""
 
 _NAME = "webhook endpoints"
 
@@ -178,7 +181,7 @@ async def redeliver(by: Call | None, delivery_id: UUID | None, *, idempotency_ke
     async def made_due() -> dict[str, Any]:
         delivery = await _delivery(delivery_id)
         await _enabled(delivery.endpoint_id)
-        if not await _again(delivery, None):
+        if not await _again(delivery.endpoint_id, [delivery]):
             raise errors.InvalidInput(
                 "What it said was erased with the account's data."
                 if delivery.emptied
@@ -196,8 +199,9 @@ async def redeliver_since(
     by: Call | None, endpoint_id: UUID | None, since: datetime, *, idempotency_key: str | None = None
 ) -> int:
     """Deliver again whatever an endpoint was promised from that time to now, `MAX_AT_ONCE` at most, with the same
-    webhook-ids. Returns how many; what is erased is not among them, and what a worker has just now is left to it. A
-    call that repeats one with the same key, however far that came, makes due what was not."""
+    webhook-ids. Returns how many; what is erased is not among them, and what a worker has just now is left to it. They
+    are made due in batches, the oldest first: a call that repeats one with the same key, however far that came, goes on
+    with what was not made due."""
 
     async def begun() -> dict[str, Any]:
         endpoint, now = await _enabled(endpoint_id), await db.now()
@@ -207,10 +211,12 @@ async def redeliver_since(
     async with _managing(by):
         values = {"endpoint": endpoint_id, "since": since}
         answer = await _once(by, "redeliverWebhook", idempotency_key, values, begun)
-    until = datetime.fromisoformat(answer["until"])
-    for delivery in await webhooks.since(UUID(answer["endpoint"]), since, until, limit=MAX_AT_ONCE):
+    endpoint, until = UUID(answer["endpoint"]), datetime.fromisoformat(answer["until"])
+    promised = await webhooks.since(endpoint, since, until, limit=MAX_AT_ONCE)
+    left = [one for one in promised if one.queued_at < until]
+    for start in range(0, len(left), _BATCH):
         async with db.transaction():
-            await _again(delivery, until)
+            await _again(endpoint, left[start : start + _BATCH], until)
     count: int = answer["count"]
     return count
 
@@ -221,10 +227,11 @@ async def refuse_to_redeliver(by: Call | None) -> None:
         raise errors.InvalidInput("Give `deliveryId`, or `endpointId` with `since`.", field="deliveryId")
 
 
-async def _again(delivery: DeliveryView, unless_since: datetime | None) -> bool:
-    if delivery.account_id is not None:
-        await accounts.lock_row(delivery.account_id)
-    return await webhooks.again(delivery.id, unless_since)
+async def _again(
+    endpoint_id: UUID, deliveries: Sequence[DeliveryView | Promised], unless_since: datetime | None = None
+) -> int:
+    await accounts.lock_rows({one.account_id for one in deliveries if one.account_id is not None})
+    return await webhooks.again(endpoint_id, [one.id for one in deliveries], unless_since=unless_since)
 
 
 async def _delivery(delivery_id: UUID | None) -> DeliveryView:

@@ -10,6 +10,7 @@ Knows rows and times, and neither HTTP nor who may do what (`app.endpoints`).
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -301,7 +302,7 @@ async def give_up(*, limit: int = 1_000) -> int:
     return await db.execute(
         f"UPDATE webhook_delivery SET dead_at = $1, lease = NULL, last_error = COALESCE(last_error, $2){_EMPTIED} "
         f"WHERE id IN (SELECT id FROM webhook_delivery WHERE {_OPEN_OF_ALL} AND queued_at < $3 "
-        f"AND (lease IS NULL OR due_at <= $1) ORDER BY queued_at LIMIT {int(limit)})",
+        f"AND (lease IS NULL OR due_at <= $1) ORDER BY queued_at LIMIT {int(limit)}{db.for_update(skip_locked=True)})",
         now,
         "never tried: the endpoint was paused or disabled",
         now - GIVEN_UP_AFTER,
@@ -312,7 +313,8 @@ async def forget(*, limit: int = 1_000) -> int:
     """Delete settled deliveries, dead letters too, that are older than `KEPT`, up to `limit`. Returns how many."""
     return await db.execute(
         "DELETE FROM webhook_delivery WHERE id IN (SELECT id FROM webhook_delivery WHERE created_at < $1 "
-        f"AND (delivered_at IS NOT NULL OR dead_at IS NOT NULL) ORDER BY created_at, id LIMIT {int(limit)})",
+        "AND (delivered_at IS NOT NULL OR dead_at IS NOT NULL) ORDER BY created_at, id "
+        f"LIMIT {int(limit)}{db.for_update(skip_locked=True)})",
         await db.now() - KEPT,
     )
 
@@ -602,33 +604,54 @@ async def page(
     return [DeliveryView.of(row) for row in rows]
 
 
-async def again(delivery_id: UUID, unless_since: datetime | None) -> bool:
-    """Make one delivery due now, delivered or not, with the same webhook-id and all its time before it. To be called
-    under its account's lock: a deletion erases what it has found settled. False for one that a worker has just now, for
-    one whose payload is gone, and for one that this was done to since that time."""
+async def again(endpoint_id: UUID, delivery_ids: Sequence[UUID], *, unless_since: datetime | None = None) -> int:
+    """Make deliveries to the endpoint due now, delivered or not, with the same webhook-ids and all their time before
+    them. To be called under their accounts' locks: a deletion erases what it has found settled. Returns how many; left
+    out is what a worker has just now, whose payload is gone, and what this was done to since that time."""
+    # Who locks several deliveries has their endpoints, as `claim` does, or waits for no lock: nobody waits in a circle.
+    await db.fetch(f"SELECT id FROM webhook_endpoint WHERE id = $1{db.for_update(key=False)}", endpoint_id)
     now = await db.now()
+    keys = ", ".join(f"${number}" for number in range(5, 5 + len(delivery_ids)))
     changed = await db.execute(
         "UPDATE webhook_delivery SET due_at = $1, queued_at = $1, attempts = 0, delivered_at = NULL, dead_at = NULL, "
-        "lease = NULL, traceparent = $3 WHERE id = $2 AND payload <> '' AND (lease IS NULL OR due_at <= $1) "
-        "AND queued_at < $4",
+        "lease = NULL, traceparent = $2 WHERE endpoint_id = $3 AND payload <> '' "
+        f"AND (lease IS NULL OR due_at <= $1) AND queued_at < $4 AND id IN ({keys})",
         now,
-        delivery_id,
         tracing.traceparent(),
+        endpoint_id,
         unless_since or now + timedelta(microseconds=1),
+        *delivery_ids,
     )
     if changed:
         await db.notify(CHANNEL)
-    return changed == 1
+    return changed
 
 
-async def since(endpoint_id: UUID, moment: datetime, until: datetime, *, limit: int) -> list[DeliveryView]:
-    """Up to `limit` deliveries to an endpoint that were promised from that moment on and before the other, oldest
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Promised:
+    """A delivery, as far as delivering many again needs it."""
+
+    id: UUID
+    account_id: UUID | None
+    queued_at: datetime
+
+
+async def since(endpoint_id: UUID, moment: datetime, until: datetime, *, limit: int) -> list[Promised]:
+    """The first `limit` deliveries to an endpoint that were promised from that moment on and before the other, oldest
     first, and whose payload is there."""
     rows = await db.fetch(
-        "SELECT * FROM webhook_delivery WHERE endpoint_id = $1 AND created_at >= $2 AND created_at < $3 "
+        "SELECT id, account_id, queued_at FROM webhook_delivery "
+        "WHERE endpoint_id = $1 AND created_at >= $2 AND created_at < $3 "
         f"AND payload <> '' ORDER BY created_at, id LIMIT {int(limit)}",
         endpoint_id,
         moment,
         until,
     )
-    return [DeliveryView.of(row) for row in rows]
+    return [
+        Promised(
+            id=db.as_uuid(row["id"]),
+            account_id=db.as_uuid(row["account_id"]),
+            queued_at=db.as_datetime(row["queued_at"]),
+        )
+        for row in rows
+    ]

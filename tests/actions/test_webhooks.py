@@ -630,6 +630,82 @@ async def test_all_since_a_time_are_delivered_again(house: Stage, receiver: Rece
         assert len(other.requests) == 4
 
 
+async def test_many_are_delivered_again_by_the_same_few_statements(
+    house: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several accounts, too: ten thousand come to their end within a request's time."""
+    endpoint, since = await add(house), await db.now()
+    run: list[str] = []
+    for name in ("fetch", "fetch_one", "execute"):
+        original = getattr(db, name)
+
+        async def counted(sql: str, *args: Any, original: Any = original) -> Any:
+            run.append(sql)
+            return await original(sql, *args)
+
+        monkeypatch.setattr(db, name, counted)
+
+    async def statements(number: int) -> int:
+        await db.execute("UPDATE webhook_delivery SET delivered_at = due_at")
+        run.clear()
+        assert await endpoints.redeliver_since(None, endpoint.id, since) == number
+        spent = len(run)
+        assert len(await rows("delivered_at IS NULL")) == number
+        return spent
+
+    await tell(house)
+    one = await statements(1)
+    for reference in ("acme", "globex") * 20:
+        await tell(house, reference)
+    assert await statements(41) == one < 15
+
+
+@pytest.mark.postgres
+async def test_many_are_delivered_again_beside_workers_and_each_other(postgres_house: Stage) -> None:
+    """Whoever waits for a lock holds none that the other waits for."""
+    endpoint, since = await add(postgres_house), await db.now()
+    for reference in ("acme", "globex") * 10:
+        await tell(postgres_house, reference)
+
+    async def claims() -> None:
+        for one in await webhooks.claim(10):
+            await webhooks.settle(one, ACCEPTED)
+
+    for _ in range(5):
+        await asyncio.gather(
+            *(endpoints.redeliver_since(None, endpoint.id, since) for _ in range(4)), *(claims() for _ in range(4))
+        )
+    assert await endpoints.redeliver_since(None, endpoint.id, since) == 20
+
+
+@pytest.mark.postgres
+async def test_what_somebody_delivers_again_is_left_to_them_by_who_throws_away(
+    postgres_house: Stage, clock: StoppedClock
+) -> None:
+    """Waiting for it, while holding others, they might wait for each other."""
+    await add(postgres_house)
+    await tell(postgres_house)
+    await tell(postgres_house)
+    delivered, _ = await rows()
+    await db.execute("UPDATE webhook_delivery SET delivered_at = due_at WHERE id = $1", delivered["id"])
+    clock.forward(webhooks.KEPT + DAY)
+    has_them, ends = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        async with db.transaction():
+            await db.fetch(f"SELECT id FROM webhook_delivery{db.for_update()}")
+            has_them.set()
+            await ends.wait()
+
+    holding = asyncio.create_task(hold())
+    await has_them.wait()
+    async with asyncio.timeout(30):
+        assert (await webhooks.forget(), await webhooks.give_up()) == (0, 0)
+    ends.set()
+    await holding
+    assert (await webhooks.forget(), await webhooks.give_up()) == (1, 1)
+
+
 async def test_what_is_promised_to_a_disabled_endpoint_is_delivered_when_it_is_enabled(
     house: Stage, receiver: Receiver
 ) -> None:

@@ -1,5 +1,6 @@
 """Webhook endpoints by the API: who manages them, what is refused, and what can be seen of the deliveries."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import orjson
 import pytest
 from standardwebhooks import Webhook
 
-from app import db, provisioning, webhooks
+from app import db, endpoints, provisioning, webhooks
 from app.graphql import nodes
 from app.graphql.nodes import Kind
 from app.lifecycle import Scope, TransitionType
@@ -144,32 +145,34 @@ async def test_a_key_pings_once_and_delivers_again_once(house: Stage) -> None:
         assert len(receiver.requests) == 3 * number + 1
 
 
-async def test_a_repeated_call_makes_due_what_the_first_did_not_come_to(
+async def test_a_repeated_call_goes_on_where_the_first_broke_down(
     house: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(endpoints, "_BATCH", 2)
+    done, asked = webhooks.again, list[UUID]()
+
+    async def breaks_down(endpoint_id: UUID, delivery_ids: Sequence[UUID], **more: Any) -> int:
+        if len(asked) == 4:
+            raise ZeroDivisionError
+        asked.extend(delivery_ids)
+        return await done(endpoint_id, delivery_ids, **more)
+
     async with receiving() as receiver:
         endpoint = (await create(house, url=receiver.url))["endpoint"]["id"]
         since = (await db.now() - timedelta(hours=1)).isoformat()
-        for _ in range(4):
+        for _ in range(7):
             await house.do(BILLING, "pingWebhookEndpoint", endpointId=endpoint)
         await house.letters()
         given = {"endpointId": endpoint, "since": since, "idempotencyKey": "k"}
-        done = webhooks.again
-        left = iter(range(2))
-
-        async def breaks_down(delivery_id: UUID, unless_since: datetime | None) -> bool:
-            if next(left, None) is None:
-                raise ZeroDivisionError
-            return await done(delivery_id, unless_since)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(webhooks, "again", breaks_down)
-            failed = await house.do(BILLING, "redeliverWebhook", **given)
-            assert failed["extensions"]["code"] == "INTERNAL_SERVER_ERROR"
+        monkeypatch.setattr(webhooks, "again", breaks_down)
+        failed = await house.do(BILLING, "redeliverWebhook", **given)
+        assert failed["extensions"]["code"] == "INTERNAL_SERVER_ERROR"
         await house.letters()
-        assert len(receiver.requests) == 6
+        assert len(receiver.requests) == 7 + 4
+        asked.clear()
+        monkeypatch.setattr(endpoints, "_BATCH", 3)
         answer = await house.do(BILLING, "redeliverWebhook", "... on RedeliverWebhookSuccess { count }", **given)
-        assert answer["count"] == 4
+        assert (answer["count"], len(asked)) == (7, 3)
         await house.letters()
     ids = [request.headers["webhook-id"] for request in receiver.requests]
     assert {ids.count(one) for one in ids} == {2}
