@@ -28,7 +28,7 @@ CHANNEL = "sunset_webhooks"
 """Woken, after the commit, by each transaction that puts a delivery."""
 
 LEASE = timedelta(minutes=1)
-"""Longer than an exchange may take; that has a deadline of its own."""
+"""Longer than an exchange may wait to begin, and then take; both have deadlines of their own."""
 
 PER_ENDPOINT = 2
 """Exchanges with one endpoint at a time; one while it fails."""
@@ -272,7 +272,7 @@ def _pause(failures: int) -> timedelta:
 
 
 async def release(delivery: Claimed) -> bool:
-    """Give it back untried, for another worker to take at once: for a worker that is stopping."""
+    """Give it back untried, to be taken at once: by a worker that is stopping, or could not begin."""
     changed = await db.execute(
         f"UPDATE webhook_delivery SET lease = NULL, attempts = attempts - 1, due_at = $3 WHERE {_HELD}",
         delivery.id,

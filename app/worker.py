@@ -25,7 +25,7 @@ import structlog
 from app import db, events, idempotency, ids, limiting, metrics, outbox, tracing, webhooks
 from app.auth import Installation
 from app.delivery.email import DeliveryError, Mailer, Recipient, compose, render
-from app.delivery.webhook import Poster, signed
+from app.delivery.webhook import NotTried, Poster, signed
 from app.errors import Unavailable
 from app.lifecycle import LinkPurpose
 from app.messages import Link
@@ -42,6 +42,9 @@ WEBHOOKS_AT_A_TIME = 256
 
 WEBHOOKS_KEPT_FREE = 64
 """Of these, for endpoints that do not fail: however many others hang, they wait for none of them."""
+
+WEBHOOKS_LOOKUPS = 2 * WEBHOOKS_AT_A_TIME
+"""Names looked up at a time: for every place one, and one for the exchange that had it before and has given up."""
 
 WEBHOOKS_GATHERED = timedelta(milliseconds=20)
 """Looking for what is due costs the same for one place as for many."""
@@ -152,7 +155,7 @@ class Worker:
     ) -> None:
         self._installation = installation
         self._mailer = mailer
-        self._poster = Poster(installation.receivers)
+        self._poster = Poster(installation.receivers, lookups=WEBHOOKS_LOOKUPS)
         self._sender = sender
         self._link_base = link_base
         self._grace = grace
@@ -192,7 +195,6 @@ class Worker:
         await asyncio.gather(*beside)
         await self._webhooks.finish(timedelta())  # what was claimed at the very moment of the order to stop
         await self._mailer.close()
-        self._poster.close()
 
     async def _persist(self, work: Callable[[], Awaitable[None]]) -> None:
         while not self._stopping.is_set():
@@ -323,6 +325,11 @@ class Worker:
         except asyncio.CancelledError:  # The grace period is over; a copy that got through has the same webhook-id.
             await webhooks.release(delivery)
             raise
+        except NotTried:
+            tracing.failed("not tried")
+            await webhooks.release(delivery)
+            _log.warning("webhook.put_back", reason="too many names are being looked up that do not answer")
+            return
         if answer.error is not None:
             tracing.failed(str(answer.status or "no answer"))
         result = await webhooks.settle(

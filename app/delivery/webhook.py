@@ -2,27 +2,29 @@
 
 Signed as Standard Webhooks says. A receiver is looked up once and its addresses are checked; the connection goes to the
 address that was checked, so that a name that answers differently the second time leads nowhere else. No redirect is
-followed, no proxy of the environment asked, no cookie kept. There is one deadline for everything, and at most 64 KiB of
-the answer is read; what the answer says beside its status and `Retry-After` is thrown away, and never logged.
+followed, no proxy of the environment asked, no cookie kept. There is one deadline for everything, which begins with the
+lookup: waiting behind other names is no fault of the receiver. At most 64 KiB of the answer are read; what it says
+beside its status and `Retry-After` is thrown away, and never logged.
 
 This module knows no rows and no database: the worker gives it the address, the secrets, the body and the time.
 """
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import ipaddress
 import os
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Final
 from urllib.parse import SplitResult
 
@@ -38,8 +40,16 @@ MAX_READ: Final = 65_536
 
 _CHUNK: Final = 8_192
 
-_LOOKUPS: Final = 64
-"""Names looked up at a time: the system's resolver can be waited for, and not interrupted."""
+PATIENCE: Final = timedelta(seconds=20)
+"""How long a delivery waits until its name can be looked up. Together with the deadline it is shorter than a lease."""
+
+_SLOW_REMEMBERED: Final = 10_000
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class NotTried(Exception):
+    """Too many names are being looked up: nothing was sent, and nothing is known of the receiver."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +77,15 @@ def signed(secrets: Sequence[str], webhook_id: str, at: datetime, body: bytes) -
 
 
 class Poster:
-    """Sends webhooks. One per worker; `close` it."""
+    """Sends webhooks. One per worker."""
 
-    def __init__(self, receivers: Receivers, *, deadline: timedelta = DEADLINE) -> None:
+    def __init__(
+        self, receivers: Receivers, *, lookups: int, deadline: timedelta = DEADLINE, patience: timedelta = PATIENCE
+    ) -> None:
+        """`lookups`: of names, at a time."""
         self._receivers = receivers
         self._deadline = deadline
-        self._resolver = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="webhook-lookup")
+        self._names = _Names(lookups, deadline, patience)
 
     @cached_property
     def _trust(self) -> ssl.SSLContext:
@@ -80,20 +93,19 @@ class Poster:
         context.set_alpn_protocols(["http/1.1"])
         return context
 
-    def close(self) -> None:
-        self._resolver.shutdown(wait=False, cancel_futures=True)
-
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, *, content_type: str) -> Answer:
         """Send it, and tell how that ended; every failure is an answer. Only a 2xx that is complete, or longer than
-        what is read of it, within the deadline is success."""
+        what is read of it, within the deadline is success. `NotTried` when it could not begin."""
         began = time.monotonic()
         exchange = _Exchange()
         error: str | None = None
         try:
+            parts = self._receivers.check_url(url)
+            exchange.prepare(httpx2.URL(url), {**headers, "content-type": content_type}, body)
+            found = await self._names.look_up(parts.hostname or "")
+            began = time.monotonic()
             async with asyncio.timeout(self._deadline.total_seconds()):
-                parts = self._receivers.check_url(url)
-                exchange.prepare(httpx2.URL(url), {**headers, "content-type": content_type}, body)
-                await self._connect(parts, exchange)
+                await self._connect(parts, await asyncio.shield(found), exchange)
                 if failure := await exchange.ended:
                     raise failure
                 error = None if 200 <= (exchange.status or 0) <= 299 else f"answered {exchange.status}"
@@ -103,6 +115,8 @@ class Poster:
             error = f"no complete answer within {self._deadline.total_seconds():g} seconds"
         except socket.gaierror:
             error = "its name cannot be resolved"
+        except _Hangs:
+            error = "its name cannot be resolved: the lookup before has not ended"
         except ssl.SSLCertVerificationError as failed:
             error = f"its certificate is refused: {failed.verify_message}"
         except ssl.SSLError as failed:
@@ -114,16 +128,11 @@ class Poster:
         latency = timedelta(seconds=time.monotonic() - began)
         return Answer(status=exchange.status, latency=latency, error=error, retry_after=exchange.retry_after)
 
-    async def _connect(self, parts: SplitResult, exchange: "_Exchange") -> None:
+    async def _connect(self, parts: SplitResult, found: Sequence[_Address], exchange: "_Exchange") -> None:
         """To the first of the name's addresses that can be connected to; all of them must be allowed."""
         loop = asyncio.get_running_loop()
-        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-        found = await loop.run_in_executor(
-            self._resolver, partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        )
-        addresses = self._receivers.checked(
-            parts, [ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found]
-        )
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        addresses = self._receivers.checked(parts, found)
         secure = parts.scheme == "https"
         for address in addresses:
             try:
@@ -141,6 +150,104 @@ class Poster:
                     raise
             else:
                 return
+
+
+class _Hangs(OSError):
+    """The name is still being looked up for somebody who has given up."""
+
+
+class _Names:
+    """Looks names up. The system's resolver can be waited for and not interrupted, so each lookup has a thread, for as
+    long as it takes; each name is looked up once at a time, for all who ask.
+
+    A name whose lookup has taken longer than an exchange may is slow from then on, until one is quick: the slow have
+    few threads of their own, and hold none of the others'.
+    """
+
+    def __init__(self, lookups: int, longest: timedelta, patience: timedelta) -> None:
+        self._longest = longest.total_seconds()
+        self._patience = patience.total_seconds()
+        self._places = asyncio.Semaphore(lookups)
+        self._places_of_slow = asyncio.Semaphore(max(lookups // 8, 1))
+        self._slow: dict[str, None] = {}
+        """The names, in the order in which they were found to be."""
+        self._under_way: dict[str, _Lookup] = {}
+
+    async def look_up(self, host: str) -> asyncio.Future[list[_Address]]:
+        """Returns when the lookup has begun: its answer, to be shielded, since others may wait for it. `_Hangs` for a
+        name that another has waited for in vain, and `NotTried` when no thread becomes free."""
+        with contextlib.suppress(ValueError):
+            return _known(_address(host))
+        if host not in self._under_way:
+            places = self._places_of_slow if host in self._slow else self._places
+            try:
+                async with asyncio.timeout(self._patience):
+                    await places.acquire()
+            except TimeoutError:
+                raise NotTried from None
+            if host in self._under_way:  # another had a turn before
+                places.release()
+            else:
+                self._begin(host, places)
+        lookup = self._under_way[host]
+        if lookup.age() >= self._longest:
+            raise _Hangs
+        return lookup.answer
+
+    def _begin(self, host: str, places: asyncio.Semaphore) -> None:
+        loop, lookup = asyncio.get_running_loop(), _Lookup(host)
+
+        def look_up() -> None:
+            found: list[_Address] | Exception
+            try:
+                rows = socket.getaddrinfo(lookup.host, None, type=socket.SOCK_STREAM)
+                found = [_address(str(row[4][0])) for row in rows]
+            except Exception as failed:
+                found = failed
+            with contextlib.suppress(RuntimeError):  # nobody is there any more
+                loop.call_soon_threadsafe(self._end, lookup, places, found)
+
+        # Not of a pool: the process must not wait for it to end, either.
+        try:
+            threading.Thread(target=look_up, name="webhook-lookup", daemon=True).start()
+        except RuntimeError:  # the system gives no more
+            places.release()
+            raise NotTried from None
+        self._under_way[host] = lookup
+
+    def _end(self, lookup: "_Lookup", places: asyncio.Semaphore, found: list[_Address] | Exception) -> None:
+        places.release()
+        del self._under_way[lookup.host]
+        self._slow.pop(lookup.host, None)
+        if lookup.age() >= self._longest:
+            self._slow[lookup.host] = None
+            if len(self._slow) > _SLOW_REMEMBERED:
+                del self._slow[next(iter(self._slow))]
+        if isinstance(found, Exception):
+            lookup.answer.set_exception(found)
+            lookup.answer.exception()  # perhaps nobody waits for it any more
+        else:
+            lookup.answer.set_result(found)
+
+
+class _Lookup:
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.answer: asyncio.Future[list[_Address]] = asyncio.get_running_loop().create_future()
+        self._began = time.monotonic()
+
+    def age(self) -> float:
+        return time.monotonic() - self._began
+
+
+def _known(address: _Address) -> asyncio.Future[list[_Address]]:
+    answer: asyncio.Future[list[_Address]] = asyncio.get_running_loop().create_future()
+    answer.set_result([address])
+    return answer
+
+
+def _address(text: str) -> _Address:
+    return ipaddress.ip_address(text.partition("%")[0])
 
 
 def _in_words(error: Exception) -> str:

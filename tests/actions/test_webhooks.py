@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import socket
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -9,15 +11,18 @@ from itertools import pairwise
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from app import db, endpoints, errors, events, history, ids, webhooks
 from app import worker as worker_module
+from app.delivery.webhook import DEADLINE, PATIENCE, Poster
 from app.ids import Kind
 from app.lifecycle import SYSTEM, AccountStatus, TransitionType
 from app.webhooks import Claimed, EndpointView, Outcome
+from tests.actions.test_races import waiting
 from tests.cast import ALICE, BILLING, Stage
 from tests.delivery.webhook_server import Receiver, receiving, says
 from tests.ending import DAY, HOUR, WINDOW, StoppedClock, many, steps
@@ -513,6 +518,44 @@ async def test_a_worker_keeps_places_free_of_what_fails(
         await running
 
 
+async def test_a_delivery_that_waits_for_too_long_behind_names_that_hang_is_put_back(
+    house: Stage, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receiver has done nothing: it is not held against it, and is no try."""
+    asked, answers = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def getaddrinfo(host: str, port: int | None, **_: object) -> list[object]:
+        if host == "hangs.internal":
+            loop.call_soon_threadsafe(asked.set)
+            answers.wait(60)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    endpoint = await add(house, receiver)
+    await endpoints.update(
+        None, house.installation.receivers, endpoint.id, url=f"http://works.internal:{receiver.port}/"
+    )
+    await tell(house)
+    worker = house.worker()
+    worker._poster = Poster(house.installation.receivers, lookups=1, patience=timedelta(seconds=0.1))
+    hanging = asyncio.create_task(
+        worker._poster.post(f"http://hangs.internal:{receiver.port}/", {}, b"", content_type="a/b")
+    )
+    await asked.wait()
+    await worker._notify(await claim_one())
+    (row,) = await rows()
+    assert (row["attempts"], row["lease"], row["last_error"]) == (0, None, None)
+    found = await webhooks.endpoint(endpoint.id)
+    assert found is not None
+    assert found.failures == 0
+    answers.set()
+    assert (await hanging).error is None
+    assert PATIENCE + DEADLINE < webhooks.LEASE, "meanwhile nobody else takes it"
+    await worker.drain()
+    assert (await rows())[0]["delivered_at"] is not None
+
+
 @pytest.mark.postgres
 async def test_many_workers_claim_each_delivery_once_and_share_each_endpoint(postgres_house: Stage) -> None:
     for _ in range(20):
@@ -661,21 +704,21 @@ async def test_many_are_delivered_again_by_the_same_few_statements(
 
 
 @pytest.mark.postgres
-async def test_many_are_delivered_again_beside_workers_and_each_other(postgres_house: Stage) -> None:
-    """Whoever waits for a lock holds none that the other waits for."""
+async def test_who_delivers_many_again_lets_a_worker_that_claims_of_them_go_first(postgres_house: Stage) -> None:
+    """Each has the endpoint before its deliveries, so that they never wait for each other."""
     endpoint, since = await add(postgres_house), await db.now()
-    for reference in ("acme", "globex") * 10:
-        await tell(postgres_house, reference)
-
-    async def claims() -> None:
-        for one in await webhooks.claim(10):
-            await webhooks.settle(one, ACCEPTED)
-
-    for _ in range(5):
-        await asyncio.gather(
-            *(endpoints.redeliver_since(None, endpoint.id, since) for _ in range(4)), *(claims() for _ in range(4))
-        )
-    assert await endpoints.redeliver_since(None, endpoint.id, since) == 20
+    await tell(postgres_house)
+    await tell(postgres_house)
+    connection = await asyncpg.connect(db.bound().url)
+    try:
+        async with connection.transaction():
+            await connection.execute("SELECT 1 FROM webhook_endpoint FOR NO KEY UPDATE")
+            doing = asyncio.create_task(endpoints.redeliver_since(None, endpoint.id, since))
+            await waiting()
+            await connection.execute("SELECT 1 FROM webhook_delivery FOR UPDATE NOWAIT")
+    finally:
+        await connection.close()
+    assert await doing == 2
 
 
 @pytest.mark.postgres

@@ -1,7 +1,7 @@
 """Webhook endpoints by the API: who manages them, what is refused, and what can be seen of the deliveries."""
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID

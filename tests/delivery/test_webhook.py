@@ -4,14 +4,17 @@ import asyncio
 import base64
 import ipaddress
 import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from app.delivery.webhook import MAX_READ, Answer, Poster, signed
+from app.delivery.webhook import MAX_READ, Answer, NotTried, Poster, signed
 from app.receivers import Receivers, Refused, is_public
 from tests.delivery.certificates import Authority, self_signed
 from tests.delivery.webhook_server import Request, receiving, says
@@ -24,11 +27,8 @@ BODY = '{"type": "webhook.ping", "data": {"name": "Zoë"}}'.encode()
 async def post(
     url: str, *, receivers: Receivers = LOCAL, deadline: float = 20, headers: dict[str, str] | None = None
 ) -> Answer:
-    poster = Poster(receivers, deadline=timedelta(seconds=deadline))
-    try:
-        return await poster.post(url, headers or {}, BODY, content_type="application/cloudevents+json")
-    finally:
-        poster.close()
+    poster = Poster(receivers, lookups=1, deadline=timedelta(seconds=deadline))
+    return await poster.post(url, headers or {}, BODY, content_type="application/cloudevents+json")
 
 
 async def test_what_is_sent_is_verified_by_the_package_of_standard_webhooks() -> None:
@@ -199,10 +199,9 @@ async def test_no_proxy_of_the_environment_is_asked_and_no_cookie_is_kept(monkey
     async with receiving(says("200 OK", "Set-Cookie: a=b")) as proxy, receiving(proxy.answer) as receiver:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
-        poster = Poster(LOCAL)
+        poster = Poster(LOCAL, lookups=1)
         for _ in range(2):
             assert (await poster.post(receiver.url, {}, BODY, content_type="a/b")).error is None
-        poster.close()
         assert proxy.requests == []
     assert len(receiver.requests) == 2
     assert all("cookie" not in request.headers for request in receiver.requests)
@@ -351,7 +350,7 @@ def answers_for_names(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[
     """The system's resolver, which knows one answer. Returns the names it is asked."""
     asked: list[str] = []
 
-    def getaddrinfo(host: str, port: int, **_: object) -> list[object]:
+    def getaddrinfo(host: str, port: int | None, **_: object) -> list[object]:
         asked.append(host)
         kinds = [(socket.AF_INET6 if ":" in one else socket.AF_INET, one) for one in addresses]
         return [(kind, socket.SOCK_STREAM, 6, "", (one, port)) for kind, one in kinds]
@@ -420,3 +419,106 @@ async def test_an_allowed_network_allows_its_names_and_nothing_else(monkeypatch:
         refused = await post(url, receivers=Receivers("10.0.0.0/8"))
     assert refused.error is not None
     assert len(receiver.requests) == 1
+
+
+# ------------------------------------------------------------------------------------------------ names that hang
+
+
+class Resolver:
+    """The system's resolver: names of `hang...` wait for `answers`, every name leads to `address` in the end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        self.answers = threading.Event()
+        monkeypatch.setattr(socket, "getaddrinfo", self._getaddrinfo)
+
+    async def was_asked(self, number: int) -> None:
+        async with asyncio.timeout(30):
+            while True:
+                if len(self.asked) >= number:
+                    return
+                await asyncio.sleep(0.01)
+
+    def _getaddrinfo(self, host: str, port: int | None, **_: object) -> list[object]:
+        self.asked.append(host)
+        if host.startswith("hang"):
+            self.answers.wait(60)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+
+@pytest.fixture
+async def resolver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Resolver]:
+    made = Resolver(monkeypatch)
+    yield made
+    made.answers.set()
+
+
+def looking_up(lookups: int, *, deadline: float, patience: float = 30) -> Callable[[str], Coroutine[Any, Any, Answer]]:
+    poster = Poster(LOCAL, lookups=lookups, deadline=timedelta(seconds=deadline), patience=timedelta(seconds=patience))
+    return lambda url: poster.post(url, {}, BODY, content_type="a/b")
+
+
+async def test_waiting_behind_names_that_hang_is_no_failure(resolver: Resolver) -> None:
+    """However long it is: the deadline begins with the receiver's own lookup."""
+    async with receiving() as receiver:
+        send = looking_up(2, deadline=2)
+        hanging = [asyncio.create_task(send(f"http://hang{number}.internal/")) for number in range(2)]
+        await resolver.was_asked(2)
+        waiting = asyncio.create_task(send(f"http://works.internal:{receiver.port}/"))
+        for one in hanging:
+            assert (await one).error == "no complete answer within 2 seconds"
+        assert not waiting.done()
+        resolver.answers.set()
+        answer = await waiting
+    assert (answer.status, answer.error) == (204, None)
+    assert answer.latency < timedelta(seconds=2)
+
+
+async def test_what_waits_for_too_long_was_not_tried(resolver: Resolver) -> None:
+    """An address needs no looking up, and does not wait."""
+    async with receiving() as receiver:
+        send = looking_up(1, deadline=30, patience=0.1)
+        hanging = asyncio.create_task(send(f"http://hangs.internal:{receiver.port}/"))
+        await resolver.was_asked(1)
+        with pytest.raises(NotTried):
+            await send(f"http://works.internal:{receiver.port}/")
+        assert (await send(receiver.url)).error is None
+        resolver.answers.set()
+        assert (await hanging).error is None
+        assert (await send(f"http://works.internal:{receiver.port}/")).error is None
+    assert resolver.asked == ["hangs.internal", "works.internal"]
+
+
+async def test_a_name_is_looked_up_once_at_a_time_for_all_who_ask(resolver: Resolver) -> None:
+    async with receiving() as receiver:
+        send = looking_up(2, deadline=30)
+        both = [asyncio.create_task(send(f"http://hangs.internal:{receiver.port}/{number}")) for number in range(5)]
+        await resolver.was_asked(1)
+        assert (await send(f"http://works.internal:{receiver.port}/")).error is None
+        resolver.answers.set()
+        assert [answer.error for answer in await asyncio.gather(*both)] == [None] * 5
+    assert resolver.asked == ["hangs.internal", "works.internal"]
+
+
+async def test_a_name_that_hangs_fails_at_once_until_its_lookup_ends_and_has_a_place_of_its_own(
+    resolver: Resolver,
+) -> None:
+    async with receiving() as receiver:
+        urls = [f"http://hang{number}.internal:{receiver.port}/" for number in range(2)]
+        send = looking_up(2, deadline=2)
+        for answer in await asyncio.gather(*map(send, urls)):
+            assert answer.error == "no complete answer within 2 seconds"
+        for answer in await asyncio.gather(*map(send, urls)):
+            assert answer.error == "its name cannot be resolved: the lookup before has not ended"
+        assert sorted(resolver.asked) == ["hang0.internal", "hang1.internal"]
+        resolver.answers.set()
+        works = f"http://works.internal:{receiver.port}/"
+        assert (await send(works)).error is None
+        resolver.answers.clear()
+        slow = [asyncio.create_task(send(url)) for url in urls]
+        await resolver.was_asked(4)
+        another = asyncio.create_task(send(f"http://hang2.internal:{receiver.port}/"))
+        await resolver.was_asked(5)
+        assert (await send(works)).error is None, "the two, known to be slow, hold one place, and none of these"
+        resolver.answers.set()
+        assert [answer.error for answer in await asyncio.gather(*slow, another)] == [None] * 3
