@@ -53,7 +53,7 @@ Context = TypeVar("Context")
 
 
 class _Close(Exception):
-    """The socket is to be closed with this code. Nothing is said where the client has left."""
+    """The socket is to be closed with this code."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
