@@ -674,7 +674,7 @@ async def test_who_sends_pings_and_reads_nothing_is_cut_off(one_house: Stage) ->
         plain = socket.socket()
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
         plain.connect(("127.0.0.1", served.port))
-        async with opened(served, sock=plain, max_queue=1, ping_interval=None) as client:
+        async with opened(served, sock=plain, max_queue=1, ping_interval=None, close_timeout=0.1) as client:
             client.connection.transport.pause_reading()
             ping = bytes([0x89, 0x80 | 125]) + bytes(4 + 125)
             await until(lambda: len(served.server.server_state.connections) == 1)
@@ -699,7 +699,7 @@ async def deaf(house: Stage) -> AsyncIterator[tuple[Socket, WebSocketsSansIOProt
         plain = socket.socket()
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
         plain.connect(("127.0.0.1", served.port))
-        async with begun(served, house.token(BILLING), sock=plain, max_queue=1) as client:
+        async with begun(served, house.token(BILLING), sock=plain, max_queue=1, close_timeout=0.1) as client:
             await client.subscribe("1", query, ids=[await house.account_id("acme")])
             assert (await client.told())["sequence"] == 0
             (connection,) = served.server.server_state.connections
