@@ -19,7 +19,7 @@ import structlog
 
 from app import db, errors, idempotency, lifecycle, limiting, outbox
 from app.auth import Call, Installation, StaffFacts, require_staff
-from app.lifecycle import MAX_NOTE_LENGTH, StaffRole
+from app.lifecycle import StaffRole, required_note
 from app.messages import DeletionsHalted
 from app.models import DeletionBreaker
 from app.policy import Policy
@@ -190,7 +190,7 @@ async def approve(call: Call, *, count: int, note: str | None, idempotency_key: 
 
 
 async def _approve(policy: Policy, staff: StaffFacts, count: int, note: str | None) -> dict[str, Any]:
-    found, text = await read(policy), _note(note)
+    found, text = await read(policy), required_note(note)
     row = await _halted(found, count)
     seen = row.first_approved_count == count
     if row.first_approved_at is None or not seen or row.first_approved_at + SPAN <= found.now:
@@ -211,16 +211,9 @@ async def approve_as_operator(installation: Installation, *, count: int, note: s
     """The same by who runs Sunset, at the command line: one approval is enough."""
     async with db.transaction():
         await db.exclusively(_NAME)
-        found, text = await read(installation.policy), _note(note)
+        found, text = await read(installation.policy), required_note(note)
         await _clear(await _halted(found, count), found, count, None, text)
         return await read(installation.policy, exact=True)
-
-
-def _note(given: str | None) -> str:
-    note = (given or "").strip()
-    if not 1 <= len(note) <= MAX_NOTE_LENGTH:
-        raise errors.InvalidInput(f"Say why: a note of 1 to {MAX_NOTE_LENGTH:,} characters is needed.", field="note")
-    return note
 
 
 async def _halted(found: BreakerView, count: int) -> DeletionBreaker:

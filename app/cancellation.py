@@ -29,7 +29,6 @@ from app.accounts import AccountView, RequestView
 from app.auth import Acting, Call, Installation, act_on
 from app.errors import Contact
 from app.lifecycle import (
-    MAX_NOTE_LENGTH,
     MAX_WRONG_TRIES,
     SYSTEM,
     AccountStatus,
@@ -41,6 +40,7 @@ from app.lifecycle import (
     Relation,
     RequestStatus,
     TransitionType,
+    required_note,
 )
 from app.messages import (
     CancellationConfirmed,
@@ -106,7 +106,7 @@ async def _cancel(
     by_member = Relation.BILLING_MEMBER in acting.actor.relations
     if by_member and note is not None:
         raise errors.InvalidInput("A note is for staff; members give feedback with submitFeedback.", field="note")
-    note = None if by_member else _note(note)
+    note = None if by_member else required_note(note, ask="Staff says why")
     open_request = acting.account.request
     if open_request is not None and lifecycle.has_expired(open_request.facts(), acting.now):
         await _expire(acting.account, open_request, acting.now)
@@ -128,15 +128,6 @@ async def _cancel(
         await assistance.ask(installation, acting)
     shows_token = by_member and request.status is RequestStatus.PENDING_CONFIRMATION
     return {"request": str(request.id), "generation": request.confirmation_generation if shows_token else None}
-
-
-def _note(given: str | None) -> str:
-    note: str = (given or "").strip()
-    if not 1 <= len(note) <= MAX_NOTE_LENGTH:
-        raise errors.InvalidInput(
-            f"Staff says why: a note of 1 to {MAX_NOTE_LENGTH} characters is needed.", field="note"
-        )
-    return note
 
 
 async def _create(

@@ -19,7 +19,6 @@ from app import accounts, breaker, db, errors, history, idempotency, lifecycle, 
 from app.accounts import AccountView
 from app.auth import Acting, Call, Installation, act_on
 from app.lifecycle import (
-    MAX_NOTE_LENGTH,
     SYSTEM,
     AccountStatus,
     Action,
@@ -27,6 +26,7 @@ from app.lifecycle import (
     LinkPurpose,
     RequestStatus,
     TransitionType,
+    required_note,
 )
 from app.messages import AccountDeleted, DeletionReminder, DeletionRescheduled
 from app.models import Account, CancellationRequest, DeletionStep, Tombstone
@@ -85,7 +85,7 @@ async def _act(
 
         async def checked() -> dict[str, Any]:
             lifecycle.check(action, acting.actor, acting.facts, acting.now)
-            await change(call.installation, acting, _note(note))
+            await change(call.installation, acting, required_note(note))
             return {}
 
         values = {"account": account_id, "note": note}
@@ -93,13 +93,6 @@ async def _act(
         account = await accounts.load(acting.account.id)
     assert account is not None
     return account
-
-
-def _note(given: str | None) -> str:
-    note = (given or "").strip()
-    if not 1 <= len(note) <= MAX_NOTE_LENGTH:
-        raise errors.InvalidInput(f"Say why: a note of 1 to {MAX_NOTE_LENGTH:,} characters is needed.", field="note")
-    return note
 
 
 async def _hold(_: Installation, acting: Acting, note: str) -> None:

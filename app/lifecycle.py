@@ -515,3 +515,14 @@ def has_access(status: AccountStatus, cancellation_effective_at: datetime | None
     if status is AccountStatus.CANCELLATION_SCHEDULED:
         return cancellation_effective_at is None or now < cancellation_effective_at
     return status is AccountStatus.ACTIVE
+
+
+# ------------------------------------------------------------------------------------------------------------ notes
+
+
+def required_note(given: str | None, *, ask: str = "Say why") -> str:
+    """Why staff does something, without white space around it. Raises `InvalidInput` for none and for a long one."""
+    note = (given or "").strip()
+    if not 1 <= len(note) <= MAX_NOTE_LENGTH:
+        raise errors.InvalidInput(f"{ask}: a note of 1 to {MAX_NOTE_LENGTH:,} characters is needed.", field="note")
+    return note

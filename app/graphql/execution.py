@@ -80,6 +80,12 @@ class Answer:
     limited: Mapping[str | int, RateLimited] | None = None
     """The root fields, by their keys in the answer, that were refused because too much was asked for."""
 
+    @property
+    def code(self) -> str:
+        """Of an answer that was not executed: why, by its first error."""
+        code: str = self.errors[0]["extensions"]["code"]
+        return code
+
     def body(self) -> dict[str, Any]:
         if not self.executed:
             return {"errors": self.errors}
@@ -164,7 +170,7 @@ class Operations(Generic[Context]):
             async with aclosing(self._events(prepared, context, _Shown(request_id))) as answers:
                 async for answer in answers:
                     metrics.subscription_told()
-                    outcome = "left" if answer.executed else answer.errors[0]["extensions"]["code"]
+                    outcome = "left" if answer.executed else answer.code
                     yield answer
         except errors.RequestError as refusal:
             outcome = refusal.code
@@ -174,7 +180,7 @@ class Operations(Generic[Context]):
         except Exception as failure:
             _log.error("graphql.subscription_failed", exc_info=failure)
             answer = failed(request_id)
-            outcome = answer.errors[0]["extensions"]["code"]
+            outcome = answer.code
             yield answer
         finally:
             metrics.subscription_ended(outcome)
@@ -261,12 +267,17 @@ def checked(raw: object) -> Parameters:
     return Parameters(query, name or None, variables)
 
 
-def loads(text: bytes | str, what: str, *, depth: int) -> object:
-    """JSON without what no operation can use: deep nesting, U+0000. Raises `Malformed`."""
+def parsed(text: bytes | str, what: str) -> Any:
+    """JSON, as it is. Raises `Malformed`."""
     try:
-        value = orjson.loads(text)
+        return orjson.loads(text)
     except orjson.JSONDecodeError:
         raise Malformed(f"{what} is not valid JSON in UTF-8.") from None
+
+
+def loads(text: bytes | str, what: str, *, depth: int) -> object:
+    """JSON without what no operation can use: deep nesting, U+0000. Raises `Malformed`."""
+    value: object = parsed(text, what)
     # Only escapes can put a NUL into JSON, and only brackets make it deep: most texts need no walk.
     raw = text.encode() if isinstance(text, str) else text
     if b"\\u0000" in raw or raw.count(b"[") + raw.count(b"{") > depth:

@@ -35,6 +35,7 @@ from app.graphql.execution import (
     dumps,
     failed,
     loads,
+    parsed,
     refuse_deep_or_nul,
     refused,
 )
@@ -130,7 +131,7 @@ class GraphQLEndpoint(Generic[Context]):
         except Exception as failure:
             _log.error("graphql.request_failed", exc_info=failure)
             answer = failed(request.state.request_id)
-            _note(request, answer.errors[0]["extensions"]["code"], executing=True)
+            _note(request, answer.code, executing=True)
             return _response(answer.body(), media_type, 500)
 
     async def _answer(self, request: Request, accepted: "_Accepted") -> Response:
@@ -164,7 +165,7 @@ class GraphQLEndpoint(Generic[Context]):
     async def _parameters(self, request: Request) -> Parameters:
         limits = self._operations.limits
         if request.method == "GET":
-            raw: object = _query_string(request.scope["query_string"], limits.body_bytes, depth=limits.json_depth)
+            raw: object = _query_string(request.scope["query_string"], limits.body_bytes)
             refuse_deep_or_nul(raw, limits.json_depth)
         else:
             _require_json(request)
@@ -241,7 +242,7 @@ def _too_large(limit: int) -> errors.PayloadTooLarge:
     return errors.PayloadTooLarge(f"The request is larger than the {limit} bytes allowed.", maximum=limit)
 
 
-def _query_string(raw: bytes, limit: int, *, depth: int) -> dict[str, object]:
+def _query_string(raw: bytes, limit: int) -> dict[str, object]:
     """The parameters of a GET. `variables` and `extensions` are JSON inside."""
     if len(raw) > limit:
         raise _too_large(limit)
@@ -253,7 +254,7 @@ def _query_string(raw: bytes, limit: int, *, depth: int) -> dict[str, object]:
     for name, value in pairs:
         if name in parameters:
             raise Malformed("A parameter of the query string is given twice.")
-        parameters[name] = loads(value, f"`{name}`", depth=depth) if name in {"variables", "extensions"} else value
+        parameters[name] = parsed(value, f"`{name}`") if name in {"variables", "extensions"} else value
     return parameters
 
 

@@ -229,7 +229,7 @@ class _Socket(Generic[Context]):
                 async for answer in answers:
                     results = answer.results
                     if not answer.executed:
-                        ended = answer.errors[0]["extensions"]["code"]
+                        ended = answer.code
                         await self._end(id_, {"type": "error", "payload": answer.errors})
                         return
                     await self._say({"id": id_, "type": "next", "payload": answer.body()})
