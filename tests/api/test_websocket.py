@@ -396,12 +396,12 @@ async def test_a_token_expires_in_silence_too(
     told_at: list[float] = []
 
     def clock() -> float:
-        return now + 59.9 + (loop.time() - told_at[0] if told_at else 0.0)
+        return now + 3_599.9 + (loop.time() - told_at[0] if told_at else 0.0)
 
     monkeypatch.setattr(one_house.installation.tokens, "_clock", lambda: now)
-    token = one_house.token(BILLING, timedelta(minutes=1))
-    monkeypatch.setattr(one_house.installation.tokens, "_clock", clock)
-    async with begun(one_served, token) as socket_:
+    token = one_house.token(BILLING, timedelta(hours=1))
+    async with begun(one_served, token) as socket_:  # for an hour, as far as the socket knows
+        monkeypatch.setattr(one_house.installation.tokens, "_clock", clock)
         await socket_.watch(await one_house.account_id("acme"))
         told_at.append(loop.time())
         assert await socket_.ended() == (4403, "Forbidden: The token has expired.")
