@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from app import breaker, db, deletion, enforcement, outbox, timers, webhooks
+from app import breaker, db, deletion, enforcement, halts, outbox, timers, webhooks
 from app.auth import Installation
+from app.lifecycle import HaltCause
 from app.policy import Policy
 from app.timers import BEGIN_DELETION, Backlog
 
@@ -19,6 +20,7 @@ MESSAGES_OVERDUE = timedelta(minutes=15)
 class Name(StrEnum):
     DELETIONS_OVERDUE = "deletions_overdue"
     DELETIONS_HALTED = "deletions_halted"
+    DELETION_HALT = "deletion_halt"
     TIMERS_OVERDUE = "timers_overdue"
     DEAD_LETTERS = "dead_letters"
     MESSAGES_OVERDUE = "messages_overdue"
@@ -42,6 +44,7 @@ async def current(installation: Installation) -> list[Alarm]:
     found = [
         await _deletions_overdue(),
         await _deletions_halted(policy),
+        await _deletion_halt(),
         await _timers_overdue(policy),
         *await _messages(),
         await _enforcement_late(policy),
@@ -70,6 +73,26 @@ async def _deletions_halted(policy: Policy) -> Alarm | None:
         "Look at them with `sunset deletions list --due`, then approve them or hold those that are wrong."
     )
     return Alarm(name=Name.DELETIONS_HALTED, message=message, since=stands.halted_at)
+
+
+_HALTED = {
+    HaltCause.OPERATOR: "An operator has halted all deletions: {evidence} `sunset deletions resume` lets them go on.",
+    HaltCause.RESTORED: "The database was restored, and no deletion begins. {evidence} Follow the README's checklist: "
+    "`sunset restored`, look, then `sunset deletions resume`.",
+    HaltCause.MOVED: "No deletion begins. {evidence} If it was restored from a back-up: `sunset restored`. If it was a "
+    "planned move and nothing is lost: `sunset deletions resume`.",
+}
+
+
+async def _deletion_halt() -> Alarm | None:
+    """Of several, the one that asks most of people."""
+    lasting = {one.cause: one for one in await halts.current()}
+    halt = lasting.get(HaltCause.RESTORED) or lasting.get(HaltCause.MOVED) or lasting.get(HaltCause.OPERATOR)
+    if halt is None:
+        return None
+    evidence = halt.evidence if halt.evidence.endswith((".", "!", "?")) else f"{halt.evidence}."
+    message = _HALTED[halt.cause].format(evidence=evidence)
+    return Alarm(name=Name.DELETION_HALT, message=message, since=halt.halted_at)
 
 
 async def _timers_overdue(policy: Policy) -> Alarm | None:

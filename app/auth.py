@@ -7,6 +7,7 @@ request, however long the token lives.
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -45,6 +46,8 @@ class Installation:
     """The same about one account, by everybody together."""
     request_timeout: timedelta
     """How long a request may wait for the database."""
+    data_dir: Path
+    """Where a process keeps what it has seen of the database."""
     receivers: Receivers
     """To whom webhooks may be sent."""
     changes: Changes = field(default_factory=Changes)

@@ -8,6 +8,7 @@ Two spans of 24 hours are looked at: the one that begins now, so that a wave is 
 the one that ends now, so that no trick of the calendar lets more than the allowed number begin within a day.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -17,8 +18,9 @@ from uuid import UUID
 
 import structlog
 
-from app import db, errors, idempotency, lifecycle, limiting, outbox
+from app import db, errors, halts, idempotency, lifecycle, limiting, outbox
 from app.auth import Call, Installation, StaffFacts, require_staff
+from app.halts import HaltView
 from app.lifecycle import StaffRole, required_note
 from app.messages import DeletionsHalted
 from app.models import DeletionBreaker
@@ -55,6 +57,8 @@ class BreakerView:
     first_approved_by_id: UUID | None
     first_approved_count: int | None
     approved_until: datetime | None
+    halts: Sequence[HaltView] = ()
+    """What else lets no deletion begin."""
 
     @property
     def state(self) -> State:
@@ -70,7 +74,7 @@ class BreakerView:
     @property
     def left(self) -> int:
         """How many more may begin now."""
-        return 0 if self.halted_at is not None or self.would_halt else max(0, self.allowed - self.started)
+        return 0 if self.halts or self.halted_at is not None or self.would_halt else max(0, self.allowed - self.started)
 
 
 async def read(policy: Policy, *, exact: bool = False) -> BreakerView:
@@ -110,6 +114,7 @@ async def read(policy: Policy, *, exact: bool = False) -> BreakerView:
         first_approved_by_id=db.as_uuid(row["first_approved_by_id"]) if row is not None and halted else None,
         first_approved_count=row["first_approved_count"] if row is not None and halted else None,
         approved_until=db.as_datetime(approval["approved_until"]) if approval is not None else None,
+        halts=await halts.current(),
     )
 
 
@@ -143,7 +148,7 @@ async def enter(installation: Installation) -> BreakerView:
     it ends. Trips the breaker when there is reason to; that is then part of the transaction, and to be committed."""
     await db.exclusively(_NAME)
     found = await read(installation.policy)
-    if not found.would_halt:
+    if found.halts or not found.would_halt:
         return found
     await DeletionBreaker.create(id=db.uuid7(), tripped_at=found.now, due=found.due, allowed=found.allowed)
     operators = installation.policy.operators

@@ -32,6 +32,7 @@ from app.settings import Settings, SettingsError
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from app.breaker import BreakerView
     from app.db import Database
     from app.outbox import MessageView
     from app.receivers import Receivers
@@ -290,7 +291,7 @@ async def _work(settings: Settings) -> None:
     import structlog
 
     from app import main as service
-    from app import tracing
+    from app import restores, tracing
 
     log = structlog.stdlib.get_logger(__name__)
     shared = service.installation(settings)
@@ -300,7 +301,7 @@ async def _work(settings: Settings) -> None:
         own = service.worker(settings, shared)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, own.stop)
-        async with _probed(settings, service.create_worker_app(settings, shared, database)):
+        async with restores.watching(shared), _probed(settings, service.create_worker_app(settings, shared, database)):
             log.info("worker.started")
             await own.run()
         log.info("worker.stopped")
@@ -533,6 +534,8 @@ async def _deletions_list(settings: Settings, *, due: bool, dry_run: bool) -> No
     rows = [[*heading, *deletion.ERASED] if dry_run else heading]
     async with _database(settings):
         gate = await breaker.read(policy, exact=True)
+        for halt in gate.halts:
+            print(f"Halted since {halt.halted_at:%Y-%m-%d %H:%M} UTC, {halt.cause}: {_printable(halt.evidence, 2_000)}")
         print(
             f"{gate.waiting:,} to begin within 24 hours, {gate.due:,} with those begun, {gate.allowed:,} allowed, "
             f"{gate.left:,} may begin now: {gate.state}"
@@ -545,7 +548,7 @@ async def _deletions_list(settings: Settings, *, due: bool, dry_run: bool) -> No
             row = [account.reference, str(account.id), account.plan_code, str(deletion.state(account, now))]
             row.append(f"{date:%Y-%m-%d %H:%M} UTC" if date else "")
             if due:
-                row.append("yes" if len(rows) <= left else "no, stopped")
+                row.append("yes" if len(rows) <= left else "no, halted" if gate.halts else "no, stopped")
             if dry_run:
                 row += [str(count) for count in (await deletion.would_erase(account.id)).values()]
             rows.append(row)
@@ -570,6 +573,102 @@ def deletions_approve(
             return (await breaker.approve_as_operator(installation(settings), count=count, note=note)).approved_until
 
     print(f"{count:,} deletions are approved until {_run(approve()):%Y-%m-%d %H:%M} UTC.")
+
+
+@deletions_commands.command("halt")
+def deletions_halt(note: Annotated[str, typer.Option(help="Why.")]) -> None:
+    """Halt all deletions: none begins until `sunset deletions resume`. Those that have begun go on."""
+    from app import halts
+    from app.main import installation
+
+    settings = _settings()
+
+    async def halt() -> None:
+        async with _database(settings):
+            await halts.halt(installation(settings), note)
+
+    _run(halt())
+    print("No deletion begins any more.")
+
+
+@deletions_commands.command("resume")
+def deletions_resume(note: Annotated[str, typer.Option(help="Why.")]) -> None:
+    """Let deletions begin again after a halt, a restore or a move. The breaker stays in force."""
+    from app import breaker, halts
+    from app.main import installation
+
+    settings = _settings()
+
+    async def resume() -> "BreakerView":
+        async with _database(settings):
+            await halts.resume(note)
+            return await breaker.read(installation(settings).policy, exact=True)
+
+    stands = _run(resume())
+    print(
+        f"Deletions may begin: {stands.waiting:,} fall due within 24 hours, the breaker lets {stands.left:,} begin now."
+    )
+
+
+@app.command()
+def restored(
+    as_of: Annotated[str, typer.Option("--as-of", metavar="TIME", help="What it was restored to: 2027-01-31T04:00Z.")],
+    log: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="A log since then, in JSON lines; several times; - for standard input."),
+    ] = None,
+) -> None:
+    """Say that the database was restored from a back-up, and print what is lost and the commands that do it again.
+
+    No deletion begins until `sunset deletions resume`; every account's epoch is ahead by a million; the workers send
+    everybody how each account stands. Repeating it with the same time changes nothing.
+    """
+    settings, moment = _settings(), _moment(as_of)
+
+    def lines() -> Iterator[bytes]:
+        for name in log or ():
+            with nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as stream:
+                yield from stream
+
+    _run(_restored(settings, moment, lines() if log else None))
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter("a time is written as 2027-01-31T04:00Z", param_hint="--as-of") from None
+    if moment.tzinfo is None:
+        raise typer.BadParameter("a time needs its zone: Z is UTC", param_hint="--as-of")
+    return moment.astimezone(UTC)
+
+
+async def _restored(settings: Settings, as_of: datetime, lines: Iterator[bytes] | None) -> None:
+    from app import breaker, lost_transitions, restores
+    from app.main import installation
+
+    shared = installation(settings)
+    async with _database(settings):
+        await restores.declare(shared, as_of=as_of)
+        left = (await restores.restatement()).left
+        waiting = (await breaker.read(shared.policy)).waiting
+        lost = None if lines is None else await lost_transitions.find(lost_transitions.read(lines))
+    print(f"# The database was restored as of {as_of:%Y-%m-%d %H:%M:%S} UTC. No deletion begins.")
+    print(f"# {left:,} accounts: how each stands is sent to everybody by the workers, with a new epoch.")
+    print(f"# {waiting:,} deletions fall due within 24 hours: sunset deletions list --due")
+    if lost is None:
+        print("# What happened since is in the logs: sunset restored --as-of TIME --log FILE prints it.")
+    elif not lost:
+        print("# Everything that these logs tell of is in the database.")
+    else:
+        print(f"# {len(lost):,} accounts have lost something. For the commands: ${lost_transitions.BILLING} is a token")
+        print(
+            f"# of somebody of the billing team, ${lost_transitions.CSM} one of the account's Customer Success Manager."
+        )
+        print()
+        for line in lost_transitions.script(lost, settings.public_url):
+            print(line)
+    print('# When you have looked: sunset deletions resume --note "Why"')
 
 
 @clock_commands.command("show")

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import structlog
 
-from app import accounts, breaker, db, errors, history, idempotency, lifecycle, limiting, people
+from app import accounts, breaker, db, errors, history, idempotency, lifecycle, limiting, people, restores
 from app.accounts import AccountView
 from app.auth import Acting, Call, Installation, act_on
 from app.lifecycle import (
@@ -212,8 +212,10 @@ async def begin(installation: Installation, account_ids: Sequence[UUID]) -> list
     """Begin the deletions of those accounts that are still due, as many as the breaker lets, and answer which.
 
     All in one transaction, in which nobody else begins any. An account that a restart or a hold has locked is left
-    alone: whoever commits first wins, and the other is told.
+    alone: whoever commits first wins, and the other is told. None begins where the database went back in time since it
+    was last looked at, and while deletions are halted.
     """
+    await restores.check(installation)
     async with db.transaction():
         left = (await breaker.enter(installation)).left
         begun = [account_id for account_id in account_ids[:left] if await _begin(account_id)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import asyncpg
 from tortoise.exceptions import OperationalError
 
-from app import alarms, db, errors, invariants, main, provisioning
+from app import alarms, db, errors, invariants, main, provisioning, restores
 from app.auth import Installation
 from app.db import Database, sqlite_path
 from app.db.migrate import pending, unknown
@@ -114,7 +114,12 @@ async def _inside(settings: Settings, shared: Installation | None, database: Dat
         return [_fail("schema", f"Run `sunset migrate`: {', '.join(missing)} is not applied.")]
     checks = [await _schema(database), await _clock(), await _offset(settings)]
     if shared is not None:
-        checks += [await _plans(shared), await _enforcing_systems(shared), *await _alarms(shared)]
+        checks += [
+            await _restores(shared),
+            await _plans(shared),
+            await _enforcing_systems(shared),
+            *await _alarms(shared),
+        ]
     return [*checks, await _invariants()]
 
 
@@ -149,6 +154,22 @@ async def _offset(settings: Settings) -> Check:
     return _ok("clock_offset", f"the development clock was moved {ahead} ahead" if ahead else "none")
 
 
+async def _restores(shared: Installation) -> Check:
+    found = await restores.examine(shared)
+    if found is not None:
+        return _fail(
+            "restores",
+            f"{found.evidence} No deletion begins from when a process has noticed. If it was restored from a back-up: "
+            "`sunset restored`, and follow the README's checklist. If it was a planned move and nothing is lost: start "
+            "a process, and `sunset deletions resume`.",
+        )
+    status = await restores.restatement()
+    if status.left:
+        message = f"After a restore, the status of {status.left:,} accounts is still to be sent. Does a worker run?"
+        return _warn("restores", message)
+    return _ok("restores", "the database has what was seen in it")
+
+
 async def _plans(shared: Installation) -> Check:
     try:
         await main.check_plans(shared)
@@ -176,6 +197,7 @@ async def _enforcing_systems(shared: Installation) -> Check:
 _QUIET: Mapping[alarms.Name, str] = {
     alarms.Name.DELETIONS_OVERDUE: "none",
     alarms.Name.DELETIONS_HALTED: "no",
+    alarms.Name.DELETION_HALT: "none",
     alarms.Name.TIMERS_OVERDUE: "nothing",
     alarms.Name.DEAD_LETTERS: "none",
     alarms.Name.MESSAGES_OVERDUE: "none",

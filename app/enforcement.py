@@ -116,16 +116,24 @@ async def ask(policy: Policy, account_id: UUID, now: datetime) -> None:
     )
 
 
-async def lift(account_id: UUID, now: datetime) -> None:
-    """A restart has ended the cancellation: nobody is waited for any more, and what was acknowledged stays known.
-    After what it ends, even if the clock was set back since."""
+async def lift(account_id: UUID, now: datetime) -> int:
+    """The epoch that systems were asked for is over, since a restart has ended the cancellation: nobody is waited for
+    any more, and what was acknowledged stays known. After what it ends, even if the clock was set back since. To be
+    called when the account has its new epoch. Returns how many were asked."""
     last = "COALESCE(enforced_at, asked_at)"
-    await db.execute(
+    return await db.execute(
         f"UPDATE enforcement SET lifted_at = CASE WHEN {last} > $2 THEN {last} ELSE $2 END "
-        "WHERE account_id = $1 AND lifted_at IS NULL",
+        "WHERE account_id = $1 AND lifted_at IS NULL AND epoch < (SELECT epoch FROM account WHERE id = $1)",
         account_id,
         now,
     )
+
+
+async def ask_anew(policy: Policy, account_id: UUID, now: datetime) -> None:
+    """After a restore of the database: what systems have acknowledged since the back-up, of this cancellation or of
+    its end, is not known. They acknowledge the account's new epoch, where they were asked for an earlier one."""
+    if await lift(account_id, now):
+        await ask(policy, account_id, now)
 
 
 async def acknowledge(policy: Policy, service: ServiceFacts, account_id: UUID | None, epoch: int) -> EnforcementView:

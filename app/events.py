@@ -15,7 +15,7 @@ from uuid import UUID
 
 from app import ids
 from app.ids import Kind
-from app.lifecycle import AccountStatus, FeedbackReason, TransitionType
+from app.lifecycle import EPOCHS_OF_A_RESTORE, AccountStatus, FeedbackReason, TransitionType
 
 SOURCE: Final = "urn:sunset"
 CONTENT_TYPE: Final = "application/cloudevents+json"
@@ -62,6 +62,8 @@ class About:
 
     description: str
     more: tuple[str, ...] = ()
+    nullable: bool = False
+    """Whether these are null where the account's status has none."""
 
 
 CATALOGUE: Final[Mapping[TransitionType, About]] = {
@@ -117,8 +119,14 @@ CATALOGUE: Final[Mapping[TransitionType, About]] = {
         description="The account's data is gone, in Sunset and in the other systems. The last event of the account, "
         "and the last time that its reference is told."
     ),
+    TransitionType.STATUS: About(
+        description="How the account stands, after a restore of Sunset's database: what you know of it may be from a "
+        "time that is no more. Sent to every endpoint, whatever types it wants. Take it over.",
+        more=("effectiveAt", "canceledAt", "restartableUntil", "deletionScheduledFor"),
+        nullable=True,
+    ),
 }
-"""In the order in which they happen."""
+"""In the order in which they happen; the last one at any time."""
 
 
 def body(event: Event) -> dict[str, Any]:
@@ -212,7 +220,9 @@ _ALWAYS: Final[Mapping[str, Any]] = {
 
 def schema(kind: TransitionType) -> dict[str, Any]:
     """The JSON Schema (2020-12) of an event's body. Receivers should let fields pass that they do not know."""
-    data = {**_ALWAYS, **{name: _MORE[name] for name in CATALOGUE[kind].more}}
+    about = CATALOGUE[kind]
+    more = {name: {"anyOf": [_MORE[name], {"type": "null"}]} if about.nullable else _MORE[name] for name in about.more}
+    data = {**_ALWAYS, **more}
     envelope: dict[str, Any] = {
         "specversion": {"const": "1.0"},
         "id": {"type": "string", "format": "uuid"},
@@ -244,6 +254,7 @@ _STATUS: Final[Mapping[TransitionType, AccountStatus]] = {
     TransitionType.DELETION_RELEASED: AccountStatus.CANCELED,
     TransitionType.DELETION_STARTED: AccountStatus.DELETING,
     TransitionType.DELETED: AccountStatus.DELETED,
+    TransitionType.STATUS: AccountStatus.CANCELED,
 }
 
 
@@ -253,13 +264,16 @@ _OF_NO_REQUEST: Final = frozenset(
         TransitionType.DELETION_RELEASED,
         TransitionType.DELETION_STARTED,
         TransitionType.DELETED,
+        TransitionType.STATUS,
     }
 )
 """They are about the account alone."""
 
 
 def _epoch(kind: TransitionType) -> int:
-    """It grows when a cancellation takes effect and when an account is restarted."""
+    """It grows when a cancellation takes effect, when an account is restarted and when the database is restored."""
+    if kind is TransitionType.STATUS:
+        return EPOCHS_OF_A_RESTORE + 1
     if kind is TransitionType.RESTARTED:
         return 2
     return int(_STATUS.get(kind) in {AccountStatus.CANCELED, AccountStatus.DELETING, AccountStatus.DELETED})
@@ -281,7 +295,7 @@ def example(kind: TransitionType) -> dict[str, Any]:
             sequence=number,
             request_id=None if kind in _OF_NO_REQUEST else UUID(int=0x019AB0C1_7E00_7000_8000_000000000002),
             occurred_at=confirmed_at,
-            effective_at=datetime(2026, 12, 1, tzinfo=UTC),
+            effective_at=None if kind is TransitionType.STATUS else datetime(2026, 12, 1, tzinfo=UTC),
             canceled_at=confirmed_at,
             restartable_until=window_end,
             deletion_scheduled_for=window_end,

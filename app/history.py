@@ -1,19 +1,69 @@
 """An account's history: one row for each transition, in an order without gaps, never rewritten.
 
 `append` is the only writer. It knows the account's row, which the caller has locked, and no people: actors are
-kind and id.
+kind and id. Each transition is logged when it is committed, so that what a restore of the database has lost can be
+read from the log.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
+from weakref import WeakKeyDictionary
+
+import structlog
 
 from app import accounts, changes, db, metrics, webhooks
+from app.db import Database
 from app.events import CATALOGUE, Event, Said
-from app.lifecycle import AccountStatus, Actor, ActorKind, TransitionType
+from app.lifecycle import EPOCHS_OF_A_RESTORE, AccountStatus, Actor, ActorKind, TransitionType
 from app.models import Transition
+
+_log = structlog.stdlib.get_logger(__name__)
+
+LOGGED = "account.transition"
+"""The log line of a transition, whatever level is logged. `app.restores` reads it back."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Landmark:
+    """A transition that was seen in the database, by which it is found out whether the database still has it."""
+
+    id: UUID
+    occurred_at: datetime
+
+
+_committed: WeakKeyDictionary[Database, Landmark] = WeakKeyDictionary()
+
+
+def newest_committed() -> Landmark | None:
+    """The transition that this process last committed to the bound database, since that was last forgotten."""
+    return _committed.get(db.bound())
+
+
+def forget_committed() -> None:
+    _committed.pop(db.bound(), None)
+
+
+async def newest() -> Landmark | None:
+    """The newest transition that the database has, by the installation's clock."""
+    row = await db.fetch_one("SELECT id, occurred_at FROM transition ORDER BY occurred_at DESC, id DESC LIMIT 1")
+    return None if row is None else Landmark(id=db.as_uuid(row["id"]), occurred_at=db.as_datetime(row["occurred_at"]))
+
+
+async def missing(ids: Collection[UUID]) -> set[UUID]:
+    """Which of those transitions the database does not have. One statement; up to 1,000 of them."""
+    if not ids:
+        return set()
+    marks = ", ".join(f"${index}" for index in range(1, len(ids) + 1))
+    rows = await db.fetch(f"SELECT id FROM transition WHERE id IN ({marks})", *ids)
+    return set(ids) - {db.as_uuid(row["id"]) for row in rows}
+
+
+def first_epoch_sql() -> str:
+    """The epoch of a new account, as an SQL expression: 0, and ahead of all that were ever told after a restore."""
+    return f"COALESCE((SELECT restores FROM installation), 0) * {EPOCHS_OF_A_RESTORE}"
 
 
 async def append(
@@ -33,7 +83,9 @@ async def append(
     restart. `offer_code`: which offer was answered. `reference`: what the account was called, where its row has
     forgotten it."""
     row = await db.fetch_one(
-        "UPDATE account SET last_sequence = last_sequence + 1, epoch = epoch + $2 WHERE id = $1 "
+        # After a restore the first transition, of whatever type, takes the account's epoch ahead.
+        f"UPDATE account SET last_sequence = last_sequence + 1, "
+        f"epoch = epoch % {EPOCHS_OF_A_RESTORE} + {first_epoch_sql()} + $2 WHERE id = $1 "
         "RETURNING last_sequence, epoch, reference, cancellation_effective_at, canceled_at, restartable_until, "
         "deletion_scheduled_for",
         account_id,
@@ -73,7 +125,25 @@ async def append(
         )
     )
     await changes.announce([account_id])
-    db.on_commit(lambda: metrics.transition(kind))
+    database = db.bound()
+
+    def committed() -> None:
+        _committed[database] = Landmark(id=transition_id, occurred_at=now)
+        metrics.transition(kind)
+        _log.info(
+            LOGGED,
+            account_id=str(account_id),
+            type=kind.value,
+            epoch=row["epoch"],
+            sequence=row["last_sequence"],
+            status=status.value,
+            actor_kind=actor.kind.value,
+            request_id=request_id and str(request_id),
+            transition_id=str(transition_id),
+            occurred_at=now.isoformat(),
+        )
+
+    db.on_commit(committed)
 
 
 async def _said(kind: TransitionType, request_id: UUID | None) -> list[Said]:

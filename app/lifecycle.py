@@ -162,6 +162,20 @@ class TransitionType(StrEnum):
     DELETION_RELEASED = "account.deletion_released"
     DELETION_STARTED = "account.deletion_started"
     DELETED = "account.deleted"
+    STATUS = "account.status"
+
+
+EPOCHS_OF_A_RESTORE = 1_000_000
+"""How far a restore of the database puts every account's epoch ahead of all that were told before it. An epoch divided
+by it says how many restores the account has behind it."""
+
+
+class HaltCause(StrEnum):
+    """Why no deletion begins until somebody has looked."""
+
+    OPERATOR = "OPERATOR"
+    RESTORED = "RESTORED"
+    MOVED = "MOVED"
 
 
 class Phase(StrEnum):

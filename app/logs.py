@@ -100,6 +100,8 @@ def configure(*, format: Literal["json", "text"], level: str, stream: TextIO | N
     # What libraries tell at debug level is the data that they handle: statements with their values, whole requests.
     logging.root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]))
     logging.getLogger("app").setLevel(level.upper())
+    # Transitions are logged at every level: after a restore of the database they are all that tells what it lacks.
+    logging.getLogger("app.history").setLevel(logging.INFO)
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.stdlib.BoundLogger,

@@ -24,7 +24,7 @@ from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import alarms, db, errors, metrics, policy, tracing
+from app import alarms, db, errors, metrics, policy, restores, tracing
 from app.auth import Call, Installation
 from app.db import Database
 from app.db.migrate import pending
@@ -56,6 +56,7 @@ def installation(settings: Settings) -> Installation:
         rate_limit_caller=settings.rate_limit_caller,
         rate_limit_account=settings.rate_limit_account,
         request_timeout=timedelta(seconds=settings.request_timeout),
+        data_dir=settings.data_dir,
         receivers=Receivers(settings.webhook_allow),
     )
 
@@ -206,6 +207,7 @@ class _Service:
                 await check_plans(self.installation)
                 async with (
                     tracing.exporting(self.settings.otlp_endpoint),
+                    restores.watching(self.installation),
                     self.installation.changes.listening(),
                     self._working(),
                 ):

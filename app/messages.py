@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from uuid import UUID
 
 from app.errors import Contact
-from app.lifecycle import LinkPurpose
+from app.lifecycle import HaltCause, LinkPurpose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +246,18 @@ class DeletionsHalted(Email):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HaltBegan(Email):
+    template = "halt-began"
+    about = (
+        "To the operators: no deletion begins until somebody has looked, after a restore or because one has halted all."
+    )
+
+    halted_at: datetime
+    cause: HaltCause
+    evidence: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EnforcementLate(Email):
     template = "enforcement-late"
     about = "To the operators: systems have not acknowledged cancellations in time. One for all, at most once an hour."
@@ -273,6 +285,7 @@ CATALOGUE: dict[str, type[Email]] = {
         DeletionRescheduled,
         AccountDeleted,
         DeletionsHalted,
+        HaltBegan,
         EnforcementLate,
     )
 }
@@ -307,7 +320,7 @@ _LISTS: dict[Any, Any] = {tuple[LateSystem, ...]: LateSystem, tuple[LateAccount,
 def _unpack(kind: Any, value: Any) -> Any:
     if kind is datetime:
         return datetime.fromisoformat(value)
-    if kind in (UUID, LinkPurpose):
+    if kind in (UUID, LinkPurpose, HaltCause):
         return kind(value)
     if kind == Link | None:
         kind = Link

@@ -19,6 +19,7 @@ from app.lifecycle import (
     ActorKind,
     Channel,
     FeedbackReason,
+    HaltCause,
     MemberRole,
     OfferKind,
     OfferStatus,
@@ -505,6 +506,58 @@ class RateLimit(Model):
 
     class Meta:
         table = "rate_limit"
+
+
+class InstallationRecord(Model):
+    """Who this installation is, and what the database was when it was last known to be its own. One row, made by the
+    first process that uses the database. `app.restores` alone writes it.
+
+    Kept by the database: id is 1; identity is never changed; incidents and restores never go back, and there are at
+    least as many incidents as restores.
+    """
+
+    id = fields.IntField(primary_key=True, generated=False)
+    identity = fields.UUIDField()
+    database = fields.CharField(max_length=100, null=True)
+    """What tells this database from a copy of it: the server's and the database's number, or the file's."""
+    timeline = fields.BigIntField(null=True)
+    """PostgreSQL's: a promoted standby and a point-in-time recovery begin a new one."""
+    written_by = fields.BigIntField(null=True)
+    """The number of the transaction that wrote this row. In a copy that was dumped and loaded, it is not what wrote
+    it."""
+    incidents = fields.IntField()
+    """How often the database was found, or said, to have been restored or moved."""
+    restores = fields.IntField()
+    """How many of these were restores: accounts' epochs are ahead by as many millions."""
+    restated_behind = fields.UUIDField(null=True)
+    """Up to which account the present status was enqueued, since the last restore."""
+    restated_at = UtcDatetimeField(null=True)
+    """When that of the last account was; None while it is under way, and before the first restore."""
+    created_at = UtcDatetimeField()
+
+    class Meta:
+        table = "installation"
+
+
+class DeletionHalt(Model):
+    """All deletions stopped, until an operator lets them go on. Beside the breaker, which counts.
+
+    Kept by the database: cause is a HaltCause; one of each cause without resumed_at; resumed_at and resume_note
+    together.
+    """
+
+    id = fields.UUIDField(primary_key=True, default=uuid7)
+    cause = fields.CharEnumField(HaltCause, max_length=16)
+    evidence = fields.TextField()
+    """An operator's note, or what was found."""
+    as_of = UtcDatetimeField(null=True)
+    """The time that the database was restored to, where it was said."""
+    halted_at = UtcDatetimeField()
+    resumed_at = UtcDatetimeField(null=True)
+    resume_note = fields.TextField(null=True)
+
+    class Meta:
+        table = "deletion_halt"
 
 
 class WebhookEndpoint(Model):

@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 from prometheus_client.core import GaugeMetricFamily
 
-from app import breaker, db, deletion, enforcement, errors, outbox, timers, webhooks
+from app import breaker, db, deletion, enforcement, errors, outbox, restores, timers, webhooks
 from app.auth import Installation
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -135,7 +135,7 @@ async def _timers(installation: Installation) -> list[GaugeMetricFamily]:
 async def _deletions(installation: Installation) -> list[GaugeMetricFamily]:
     held = await db.fetch_one("SELECT COUNT(*) AS held FROM account WHERE deletion_held_at IS NOT NULL")
     assert held is not None
-    stands = await breaker.read(installation.policy)
+    stands, status = await breaker.read(installation.policy), await restores.restatement()
     return [
         _gauge("sunset_deletion_holds", "Accounts whose deletion is on hold.", held["held"]),
         _gauge(
@@ -143,7 +143,17 @@ async def _deletions(installation: Installation) -> list[GaugeMetricFamily]:
             "Deletions that have not begun, or not ended, an hour after they should have.",
             await deletion.overdue(),
         ),
-        _gauge("sunset_deletions_halted", "1 while the breaker stops all deletions.", stands.halted_at is not None),
+        _gauge(
+            "sunset_deletions_halted",
+            "1 while all deletions are stopped: by the breaker, by an operator, or after a restore.",
+            stands.halted_at is not None or bool(stands.halts),
+        ),
+        _gauge("sunset_restores", "How often the database was restored from a back-up.", status.restores),
+        _gauge(
+            "sunset_restatement_accounts",
+            "Accounts whose status is still to be sent to everybody, after a restore.",
+            status.left,
+        ),
         _gauge("sunset_deletions_due", "Deletions within 24 hours, as the breaker counts them.", stands.due),
         _gauge("sunset_deletions_allowed", "How many of them the breaker allows.", stands.allowed),
     ]

@@ -19,7 +19,7 @@ from uuid import UUID
 
 import orjson
 
-from app import changes, db, deletion, errors
+from app import changes, db, deletion, errors, history
 from app.auth import Installation
 from app.lifecycle import AccountStatus, MemberRole, Permission, Scope, StaffRole
 from app.models import Account, Service, Staff
@@ -287,8 +287,8 @@ class _Batch:
         created = await db.fetch(
             "INSERT INTO account (id, reference, name, plan_code, current_period_end, csm_id, status, epoch, "
             "last_sequence, created_at) SELECT id, reference, name, plan_code, current_period_end, csm_id, 'ACTIVE', "
-            f"0, 0, $2 FROM {_rowset(reference='text', **_ACCOUNT)} WHERE TRUE ORDER BY reference "
-            "ON CONFLICT (reference) DO NOTHING RETURNING id, reference",
+            f"{history.first_epoch_sql()}, 0, $2 FROM {_rowset(reference='text', **_ACCOUNT)} WHERE TRUE "
+            "ORDER BY reference ON CONFLICT (reference) DO NOTHING RETURNING id, reference",
             _json(rows),
             now,
         )

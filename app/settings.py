@@ -288,7 +288,8 @@ class Settings:
     )
     data_dir: Path = field(
         metadata=_setting(
-            "The folder for what Sunset keeps itself: the SQLite file, the development key, the mailbox.",
+            "The folder for what Sunset keeps itself: the SQLite file, the development key, the mailbox, and what was "
+            "last seen in the database.",
             default="./var",
             example="/var/lib/sunset",
             parse=_path,

@@ -70,14 +70,16 @@ _EMPTIED = f", payload = CASE WHEN type = '{ERASED_TYPE.value}' THEN '' ELSE pay
 
 
 async def put(event: Event) -> None:
-    """Promise the event to each endpoint that is enabled and wants its type, within the open transaction."""
+    """Promise the event to each endpoint that is enabled and wants its type, within the open transaction. After a
+    restore, how an account stands is for all of them."""
     put_rows = await db.execute(
         "INSERT INTO webhook_delivery (id, endpoint_id, account_id, sequence, epoch, type, payload, created_at, "
         "queued_at, due_at, attempts, traceparent) "
         f"SELECT {db.random_uuid_sql()}, e.id, CAST($1 AS {_UUID[db.dialect()]}), CAST($2 AS INTEGER), "
         f"CAST($3 AS INTEGER), CAST($4 AS VARCHAR(64)), CAST($5 AS TEXT), {db.now_sql()}, {db.now_sql()}, "
         f"{db.now_sql()}, 0, CAST($7 AS VARCHAR(64)) FROM webhook_endpoint e "
-        "WHERE e.disabled_at IS NULL AND (e.event_types = '' OR ' ' || e.event_types || ' ' LIKE $6 ESCAPE '!')",
+        "WHERE e.disabled_at IS NULL AND (e.event_types = '' OR ' ' || e.event_types || ' ' LIKE $6 ESCAPE '!' "
+        f"OR CAST($4 AS VARCHAR(64)) = '{TransitionType.STATUS.value}')",
         event.account_id,
         event.sequence,
         event.epoch,

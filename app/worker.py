@@ -4,8 +4,8 @@
 2. Claim as many messages as there are free places, and deliver them at the same time, each with its own deadline.
 3. Settle each: delivered, another try later, or a dead letter.
 4. Beside it the same for webhooks, of which many more are under way at a time, since they wait for strangers.
-5. Beside both, so that none waits for another: carry out what is due by the clock (`app.timers`), and once an hour
-   throw away what has been kept long enough.
+5. Beside both, so that none waits for another: carry out what is due by the clock (`app.timers`), enqueue the status
+   of every account after a restore (`app.restores`), and once an hour throw away what has been kept long enough.
 6. When told to stop: begin nothing more, let what is on its way end within the grace period, then return.
 
 Any number of workers may run, in the API's process or in their own. A worker that is killed loses nothing: its
@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 import structlog
 
-from app import db, events, idempotency, ids, limiting, metrics, outbox, tracing, webhooks
+from app import db, events, idempotency, ids, limiting, metrics, outbox, restores, tracing, webhooks
 from app.auth import Installation
 from app.delivery.email import DeliveryError, Mailer, Recipient, compose, render
 from app.delivery.webhook import NotTried, Poster, signed
@@ -214,7 +214,7 @@ class Worker:
 
     async def _keep_time(self) -> None:
         while not self._stopping.is_set():
-            if not await self._timers.run():
+            if not await self._timers.run() + await restores.restate(self._installation):
                 await self._keep_house()
                 due_in = await self._timers.next_due()
                 await self._rest(POLL_SECONDS if due_in is None else min(due_in.total_seconds(), POLL_SECONDS))
@@ -230,9 +230,9 @@ class Worker:
     async def drain(self) -> None:
         """Carry out what is due and deliver, until nothing is due. For commands and tests; a service calls `run`."""
         lines = (self._emails, self._webhooks)
-        while await self._timers.run() + sum([await line.claim() for line in lines]) or any(
-            line.under_way for line in lines
-        ):
+        while await self._timers.run() + await restores.restate(self._installation) + sum(
+            [await line.claim() for line in lines]
+        ) or any(line.under_way for line in lines):
             if under_way := self._emails.under_way | self._webhooks.under_way:
                 await asyncio.wait(under_way)
 

@@ -150,6 +150,50 @@ class PostgresServer:
         self.stop(mode)
         self.start()
 
+    def promote(self) -> None:
+        """Make a standby of the server and promote it, as a fail-over does with another one: it has lost nothing, and
+        begins a new timeline."""
+        assert self._directory is not None
+        self.stop("fast")
+        signal_file = self._directory / "data" / "standby.signal"
+        signal_file.touch()
+        os.chown(signal_file, (self._directory / "data").stat().st_uid, -1)
+        self.start()
+        asyncio.run(self._admin("SELECT pg_promote()"))
+
+    def snapshot(self) -> Path:
+        """A copy of all of the server's files, of which `put_back` makes what it is now."""
+        assert self._directory is not None
+        self.stop("fast")
+        shutil.copytree(self._directory / "data", self._directory / "snapshot", symlinks=True)
+        self.start()
+        return self._directory / "snapshot"
+
+    def put_back(self, snapshot: Path) -> None:
+        assert self._directory is not None
+        self.stop("fast")
+        owner = (self._directory / "data").stat()
+        shutil.rmtree(self._directory / "data")
+        snapshot.rename(self._directory / "data")
+        for path in (self._directory / "data", *(self._directory / "data").rglob("*")):
+            os.chown(path, owner.st_uid, owner.st_gid)
+        self.start()
+
+    def dump(self, name: str, file: Path) -> None:
+        """Back one of the databases up, as its users do."""
+        subprocess.run([self._tool("pg_dump"), "--format=custom", f"--file={file}", self.url(name)], check=True)
+
+    def load(self, name: str, file: Path) -> None:
+        """Put the back-up in the place of the database."""
+        asyncio.run(self.drop_database(name))
+        asyncio.run(self._admin(f'CREATE DATABASE "{name}"'))
+        subprocess.run([self._tool("pg_restore"), f"--dbname={self.url(name)}", "--no-owner", file], check=True)
+
+    def _tool(self, name: str) -> Path:
+        """A client of the server's own version, or the one on this machine."""
+        own = _binaries() / name
+        return own if own.exists() else Path(shutil.which(name) or own)
+
     def close(self) -> None:
         """Stop the server and remove every trace; on a given server, drop the template."""
         if self._directory is not None:

@@ -11,7 +11,7 @@ from uuid import UUID
 from app import ids, lifecycle, messages
 from app.delivery.email import Recipient, compose, render
 from app.errors import Contact
-from app.lifecycle import LinkPurpose
+from app.lifecycle import HaltCause, LinkPurpose
 from app.policy import EnforcingSystem, Plan, Policy
 
 _NOW = datetime(2026, 11, 23, 14, 5, tzinfo=UTC)
@@ -185,6 +185,14 @@ def samples(policy: Policy) -> list[tuple[messages.Email, Contact]]:
         (
             messages.DeletionsHalted(
                 halted_at=_NOW, due=3 * policy.breaker_at_least + 1, allowed=policy.breaker_at_least
+            ),
+            policy.operators,
+        ),
+        (
+            messages.HaltBegan(
+                halted_at=_NOW,
+                cause=HaltCause.RESTORED,
+                evidence="What happened on 2026-11-23 at 13:58:12 UTC was in this database and is not any more.",
             ),
             policy.operators,
         ),

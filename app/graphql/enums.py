@@ -199,6 +199,17 @@ describe_enum(
         lifecycle.TransitionType.DELETION_RELEASED: "The hold was released; the deletion has a date again.",
         lifecycle.TransitionType.DELETION_STARTED: "The deletion has begun, and cannot be undone.",
         lifecycle.TransitionType.DELETED: "Its data is gone.",
+        lifecycle.TransitionType.STATUS: "The database was restored, and how the account stands was sent to everybody.",
+    },
+)
+describe_enum(
+    lifecycle.HaltCause,
+    "DeletionHaltCause",
+    "Why no deletion begins.",
+    {
+        lifecycle.HaltCause.OPERATOR: "An operator has halted them.",
+        lifecycle.HaltCause.RESTORED: "The database was restored from a back-up: what happened since is not in it.",
+        lifecycle.HaltCause.MOVED: "The database is a copy, or has moved; whether it was restored is not known.",
     },
 )
 describe_enum(

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import strawberry
 
-from app import accounts, auth, breaker, deletion, enforcement, errors, outbox, webhooks
+from app import accounts, auth, breaker, deletion, enforcement, errors, halts, outbox, webhooks
 from app.accounts import AccountFilter, AccountSort, RequestFilter
 from app.auth import Caller
 from app.graphql import nodes
@@ -22,6 +22,7 @@ from app.graphql.types import (
     CancellationRequest,
     Connection,
     DeletionBreaker,
+    DeletionHalt,
     Delivery,
     Enforcement,
     Feedback,
@@ -318,6 +319,11 @@ class Query:
     async def deletion_breaker(self, info: Info) -> DeletionBreaker | None:
         await auth.require_staff(info.context.call)
         return DeletionBreaker.of(await breaker.read(info.context.policy, exact=True))
+
+    @root(Access.STAFF, "What else than the breaker stops all deletions, oldest first: an operator, or a restore.")
+    async def deletion_halts(self, info: Info) -> list[DeletionHalt] | None:
+        await auth.require_staff(info.context.call)
+        return [DeletionHalt.of(view) for view in await halts.current()]
 
     @root(Access.STAFF, "What canceled accounts wait for systems to acknowledge, by when it is due: who has obeyed.")
     async def enforcements(

@@ -12,7 +12,7 @@ from app.graphql import nodes
 from app.graphql.access import Access, root
 from app.graphql.context import Info
 from app.graphql.nodes import Kind
-from app.graphql.types import Account, Perspective, describe
+from app.graphql.types import EPOCH, Account, Perspective, describe
 from app.lifecycle import AccountStatus
 from app.policy import Policy
 
@@ -27,7 +27,7 @@ class AccountStatusChange:
     account_id: strawberry.ID = describe("The account's id.")
     reference: str = describe("The host's own name for the account.")
     status: AccountStatus = describe("The account's status after the change.")
-    epoch: int = describe("Grows with each cancellation that takes effect and each restart.")
+    epoch: int = describe(EPOCH)
     sequence: int = describe("Grows by one with each change of the account; 0 before the first.")
     occurred_at: datetime | None = describe("When it changed; null in what a subscriber is told first.")
     can_send_messages: bool = describe("Whether messages may be sent for the account now.")

@@ -7,13 +7,13 @@ is somewhere else. What only the billing permission shows refuses others with FO
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Final, Generic, TypeVar
 from uuid import UUID
 
 import orjson
 import strawberry
 
-from app import breaker, deletion, enforcement, errors, events, lifecycle, offers, outbox, webhooks
+from app import breaker, deletion, enforcement, errors, events, halts, lifecycle, offers, outbox, webhooks
 from app import policy as policies
 from app.accounts import AccountView, FeedbackView, MemberView, OfferView, Person, RequestView
 from app.auth import Caller
@@ -29,6 +29,7 @@ from app.lifecycle import (
     CancellationTiming,
     Channel,
     FeedbackReason,
+    HaltCause,
     MemberRole,
     OfferKind,
     OfferStatus,
@@ -45,6 +46,10 @@ def describe(text: str) -> Any:
     """A field with a description."""
     return strawberry.field(description=text)
 
+
+EPOCH: Final = (
+    "Grows with each cancellation that takes effect and each restart, and by a million where the database was restored."
+)
 
 First = Annotated[int | None, strawberry.argument(description="How many: 1 to 100, 20 when left out.")]
 After = Annotated[
@@ -364,7 +369,7 @@ class CancellationRequest(Node):
 @strawberry.type(description="One step of an account's history. Steps are appended, and never changed.")
 class Transition:
     sequence: int = describe("Grows by one with each step of the account.")
-    epoch: int = describe("Grows with each cancellation that takes effect and each restart.")
+    epoch: int = describe(EPOCH)
     type: TransitionType = describe("What happened.")
     account_status: AccountStatus = describe("The account's status after it.")
     actor_kind: ActorKind = describe("What kind of actor did it.")
@@ -498,7 +503,7 @@ class Deletion:
 @strawberry.type(description="Stops all deletions when more fall due within 24 hours than the policy allows.")
 class DeletionBreaker:
     _view: strawberry.Private[breaker.BreakerView]
-    state: breaker.State = describe("Whether deletions may begin.")
+    state: breaker.State = describe("Whether deletions may begin, unless `deletionHalts` has one that lasts.")
     waiting: int = describe(
         "How many are due now or within 24 hours and have not begun: what `approveDeletions` wants."
     )
@@ -530,6 +535,20 @@ class DeletionBreaker:
         if self._view.first_approved_by_id is None:
             return None
         return ActorRef.of(ActorKind.STAFF, await info.context.people.load(self._view.first_approved_by_id))
+
+
+@strawberry.type(description="All deletions stopped, until an operator lets them go on. The breaker is beside it.")
+class DeletionHalt:
+    cause: HaltCause = describe("Why no deletion begins.")
+    evidence: str = describe("What was found, or the operator's note.")
+    as_of: datetime | None = describe(
+        "The time that the database was restored to; null where no operator has said one."
+    )
+    halted_at: datetime = describe("Since when.")
+
+    @staticmethod
+    def of(view: halts.HaltView) -> "DeletionHalt":
+        return DeletionHalt(cause=view.cause, evidence=view.evidence, as_of=view.as_of, halted_at=view.halted_at)
 
 
 @strawberry.type(description="What a cancellation asks of one system that the policy names, and whether it has obeyed.")
@@ -577,7 +596,7 @@ class Account(Node):
     )
     name: str = describe("The account's name; it is typed to confirm a cancellation. Empty once it is deleted.")
     status: AccountStatus = describe("Where the account is in its life.")
-    epoch: int = describe("Grows with each cancellation that takes effect and each restart.")
+    epoch: int = describe(EPOCH)
     can_send_messages: bool = describe("Whether messages may be sent for the account.")
     members_can_sign_in: bool = describe("Whether its members have access.")
     cancellation_effective_at: datetime | None = describe("When a scheduled cancellation takes effect.")

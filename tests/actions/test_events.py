@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from app import endpoints, events, policy
 from app.db import Database
 from app.lifecycle import CancellationTiming, TransitionType
-from tests.actions.test_invariants import HANA, tell_the_story
+from tests.actions.test_invariants import HANA, restore, tell_the_story
 from tests.cast import BILLING, stage
 from tests.delivery.webhook_server import receiving
 
@@ -31,6 +31,7 @@ ISSUED = [
     "deletion_released",
     "deletion_started",
     "deleted",
+    "status",
 ]
 """What receivers were promised, in the order in which it is documented. A name is never changed or taken away."""
 
@@ -67,6 +68,7 @@ async def test_every_event_that_is_really_sent_has_the_shape_of_its_example(data
         await house.do(BILLING, "releaseDeletion", accountId=await house.account_id("acme"), note="They go.")
         canceled = await house.cancel(HANA, "hooli", "Hooli")  # with the feedback that was given
         assert canceled["__typename"] == "ConfirmCancellationSuccess"
+        await restore(house)
         await house.letters()
     came = {kind: [one for one in receiver.events if one["type"] == kind] for kind in TransitionType}
     assert [kind for kind, some in came.items() if not some] == []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app import db, endpoints, invariants, policy
+from app import db, endpoints, invariants, policy, restores
 from app.db import Database
 from app.lifecycle import CancellationTiming, TransitionType
 from app.models import CancellationRequest, DeletionHold, Transition
@@ -86,6 +86,13 @@ async def tell_the_story(house: Stage) -> None:
     await house.do(HANA, "submitFeedback", requestId=asked["request"]["id"], reason="OTHER", comment="Hm.")
 
 
+async def restore(house: Stage) -> None:
+    """The database was restored, it is said, and everybody is notified."""
+    await restores.declare(house.installation, as_of=await db.now())
+    while await restores.restate(house.installation):
+        pass
+
+
 async def sync(house: Stage, **account: Any) -> None:
     done = await house.do(
         HOST, "syncAccounts", "... on SyncAccountsSuccess { results { outcome } }", accounts=[account]
@@ -117,6 +124,7 @@ async def installation(database: Database, tmp_path: Path) -> AsyncIterator[Stag
             None, house.installation.receivers, url=receiver.url, description="Hears it.", event_types=None
         )
         await tell_the_story(house)
+        await restore(house)
         yield house
 
 
@@ -208,6 +216,7 @@ BROKEN: dict[str, list[str]] = {
     "history_counts_epochs": [
         transition("epoch = 0", "type = 'account.restarted'"),
         transition("epoch = epoch + 1", f"account_id = {of('hooli')} AND sequence = 2"),
+        transition("epoch = epoch - 2 * 1000000", "type = 'account.status'"),
     ],
     "history_tells_of_every_request": [
         transition("type = 'account.offer_declined'", "type = 'account.cancellation_requested'")

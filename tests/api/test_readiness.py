@@ -213,11 +213,11 @@ async def test_an_endpoint_that_disables_itself_is_told_until_somebody_decides(h
 
 
 async def test_a_schema_that_is_not_migrated_is_not_ready(house: Stage) -> None:
-    await db.execute("DELETE FROM tortoise_migrations WHERE name = 'm0005_webhook_trace'")
+    await db.execute("DELETE FROM tortoise_migrations WHERE name = 'm0006_restores'")
     status, told = await deep(house)
     assert (status, told) == (
         503,
-        {"status": "unavailable", "database": "not migrated", "migrations": ["m0005_webhook_trace"]},
+        {"status": "unavailable", "database": "not migrated", "migrations": ["m0006_restores"]},
     )
 
 

@@ -24,6 +24,7 @@ CHECKS = [
     "schema",
     "clock",
     "clock_offset",
+    "restores",
     "plans",
     "enforcing_systems",
     *alarms.Name,

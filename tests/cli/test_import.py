@@ -37,6 +37,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
         rate_limit_caller=0,
         rate_limit_account=0,
         request_timeout=timedelta(seconds=10),
+        data_dir=settings.data_dir,
         receivers=Receivers(""),
     )
 

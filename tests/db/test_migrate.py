@@ -15,7 +15,7 @@ from app.db import Database
 from app.db.migrate import migrate, pending
 from app.models import Staff
 
-ALL = ["m0001_initial", "m0002_time", "m0003_webhooks", "m0004_enforcement", "m0005_webhook_trace"]
+ALL = ["m0001_initial", "m0002_time", "m0003_webhooks", "m0004_enforcement", "m0005_webhook_trace", "m0006_restores"]
 
 MIGRATE = """
 import asyncio, sys

@@ -11,7 +11,7 @@ from tortoise.utils import generate_schema_for_client
 
 from app import db
 from app.db import Database, IntegrityError, sqlite_path
-from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement
+from app.db.migrations import m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement, m0006_restores
 from app.lifecycle import TransitionType
 from tests.postgres import PostgresServer
 
@@ -29,7 +29,7 @@ STAFF, SERVICE, MEMBER, REQUEST, OFFER, FEEDBACK, TRANSITION, MESSAGE, RECORD = 
 ACTIVE, SCHEDULED, CANCELED, HELD, DELETING, DELETED, EMPTY, REMINDED = (key(number) for number in range(11, 19))
 CLOSED, EFFECTIVE, CONFIRMED = (key(number) for number in range(21, 24))
 HOLD, REMINDER, STEP, APPROVED, HALTED, TOMBSTONE, ENDPOINT, DELIVERY = (key(number) for number in range(41, 49))
-PENDING, ENFORCED = key(71), key(72)
+PENDING, ENFORCED, LASTING = key(71), key(72), key(75)
 NEW = key(99)
 
 CANCELED_DATES = f"canceled_at = {day(1)}, restartable_until = {day(61)}, deletion_scheduled_for = {day(61)}"
@@ -215,6 +215,23 @@ def enforcement(**columns: object) -> str:
     )
 
 
+def installation(**columns: object) -> str:
+    return insert(
+        "installation",
+        **{"id": 1, "identity": key(76), "incidents": 2, "restores": 1, "created_at": day(0)} | columns,
+    )
+
+
+def change_installation(columns: str) -> str:
+    return f"UPDATE installation SET {columns}"
+
+
+def halt(**columns: object) -> str:
+    return insert(
+        "deletion_halt", **{"id": NEW, "cause": "'OPERATOR'", "evidence": "'e'", "halted_at": day(61)} | columns
+    )
+
+
 def change_enforcement(columns: str, one: str) -> str:
     return f"UPDATE enforcement SET {columns} WHERE id = {one}"
 
@@ -288,6 +305,9 @@ WORLD = [
     enforcement(id=PENDING, system="'mailer'"),
     enforcement(id=ENFORCED, system="'login'", enforced_at=day(3), enforced_by_id=SERVICE),
     enforcement(id=key(73), account_id=ACTIVE, system="'mailer'", lifted_at=day(4), reported_at=day(2)),
+    installation(),
+    halt(id=LASTING),
+    halt(id=key(74), cause="'MOVED'", resumed_at=day(62), resume_note="'Mended.'"),
 ]
 """Statements that every one of which keeps the rules; the tests below begin after them."""
 
@@ -465,9 +485,21 @@ ATTEMPTS = [
     Attempt("enforcement_current", enforcement(system="'mailer'", epoch=3)),
     Attempt("enforcement_stays", change_enforcement(f"enforced_at = {day(4)}", ENFORCED)),
     Attempt("enforcement_stays", change_enforcement("enforced_at = NULL, enforced_by_id = NULL", ENFORCED)),
+    Attempt("installation_one", change_installation("id = 2")),
+    Attempt("installation_counts", change_installation("incidents = 2, restores = 3")),
+    Attempt("installation_counts", change_installation("incidents = 2001, restores = 2001")),
+    Attempt("restores_never_go_back", change_installation("restores = 0")),
+    Attempt("restores_never_go_back", change_installation("incidents = 1")),
+    Attempt("restores_never_go_back", change_installation(f"identity = {key(77)}")),
+    Attempt("installation_is_kept", "DELETE FROM installation"),
+    Attempt("deletion_halt_cause", halt(cause="'FUN'")),
+    Attempt("deletion_halt_resumed", halt(cause="'MOVED'", resumed_at=day(62))),
+    Attempt("deletion_halt_resumed", halt(cause="'MOVED'", resume_note="'n'")),
+    Attempt("deletion_halt_resumed_after_halted", halt(resumed_at=day(60), resume_note="'n'")),
+    Attempt("deletion_halt_open", halt()),
 ]
 
-MIGRATIONS = (m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement)
+MIGRATIONS = (m0001_initial, m0002_time, m0003_webhooks, m0004_enforcement, m0006_restores)
 
 UNIQUE_INDEXES = {
     line.split()[3]: line.split()[5]
@@ -563,7 +595,7 @@ async def test_every_transition_can_be_recorded(world: Database) -> None:
 def test_every_table_whose_rows_are_kept_is_tried() -> None:
     """By the two tests below."""
     kept = {table for migration in MIGRATIONS for table in migration.APPEND_ONLY}
-    assert kept == {"feedback", "transition", "tombstone", "clock_offset"}
+    assert kept == {"feedback", "transition", "tombstone", "clock_offset", "installation"}
 
 
 @pytest.mark.parametrize(
@@ -575,8 +607,17 @@ def test_every_table_whose_rows_are_kept_is_tried() -> None:
         tombstone(id=TOMBSTONE).replace("INSERT", "REPLACE", 1),
         tombstone(account_id=DELETED).replace("INSERT", "REPLACE", 1),
         insert("clock_offset", id=1, offset_seconds=0).replace("INSERT", "REPLACE", 1),
+        installation().replace("INSERT", "REPLACE", 1),
     ],
-    ids=["transition", "transition by sequence", "feedback", "tombstone", "tombstone by account", "clock"],
+    ids=[
+        "transition",
+        "transition by sequence",
+        "feedback",
+        "tombstone",
+        "tombstone by account",
+        "clock",
+        "installation",
+    ],
 )
 async def test_replace_does_not_rewrite_history(sqlite_database: Database, statement: str) -> None:
     """SQLite's REPLACE deletes without asking the triggers that guard deletion."""
@@ -587,7 +628,7 @@ async def test_replace_does_not_rewrite_history(sqlite_database: Database, state
 
 
 @pytest.mark.postgres
-@pytest.mark.parametrize("table", ["feedback", "transition", "tombstone", "clock_offset"])
+@pytest.mark.parametrize("table", ["feedback", "transition", "tombstone", "clock_offset", "installation"])
 async def test_truncate_does_not_erase_history(postgres_database: Database, table: str) -> None:
     """PostgreSQL's TRUNCATE asks no row's trigger."""
     with pytest.raises(IntegrityError, match=f"{table}_is_not_truncated"):

@@ -46,7 +46,7 @@ async def _grow(_apps, schema_editor):
 
 
 class Migration(TortoiseMigration):
-    dependencies = [("models", "m0005_webhook_trace")]
+    dependencies = [("models", "m0006_restores")]
     operations = [RunPython(_grow)]
 """
 
@@ -69,8 +69,8 @@ TABLES = [
     *("restart_request", "service", "staff", "transition"),
 ]
 NEW_TABLES = [
-    *("clock_offset", "deletion_breaker", "deletion_hold", "deletion_reminder", "deletion_step", "enforcement"),
-    *("rate_limit", "tombstone", "webhook_delivery", "webhook_endpoint"),
+    *("clock_offset", "deletion_breaker", "deletion_halt", "deletion_hold", "deletion_reminder", "deletion_step"),
+    *("enforcement", "installation", "rate_limit", "tombstone", "webhook_delivery", "webhook_endpoint"),
 ]
 
 REPLACED_BY_TIME = {
@@ -271,18 +271,18 @@ async def test_the_next_migration_will_lose_nothing_either(
     async with db.transaction():
         for statement in WORLD:
             await db.execute(statement)
-    (tmp_path / "m0005_probe.py").write_text(NEXT)
+    (tmp_path / "m0099_probe.py").write_text(NEXT)
     monkeypatch.setattr(app.db.migrations, "__path__", [*app.db.migrations.__path__, str(tmp_path)])
     monkeypatch.setattr("tortoise.migrations.loader.reload", lambda module: module)  # it would forget the path again
     tables = TABLES + NEW_TABLES
     columns = await columns_of(tables)
     had, held = await rows(tables), await objects()
     try:
-        assert await pending(database) == ["m0005_probe"]
-        assert await migrate(database) == ["m0005_probe"]
+        assert await pending(database) == ["m0099_probe"]
+        assert await migrate(database) == ["m0099_probe"]
         assert await pending(database) == []
     finally:
-        sys.modules.pop("app.db.migrations.m0005_probe", None)
+        sys.modules.pop("app.db.migrations.m0099_probe", None)
     assert await rows(tables, columns) == had
     has = await objects()
     assert has.keys() - held.keys() == {"index account_probe"}

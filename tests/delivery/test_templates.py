@@ -19,6 +19,7 @@ from app.delivery import email as delivery
 from app.delivery.email import Recipient, Rendered, duration, moment, render
 from app.delivery.preview import preview, samples
 from app.errors import Contact
+from app.lifecycle import HaltCause
 from app.policy import Policy
 
 TEMPLATES = Path(delivery.__file__).with_name("templates")
@@ -110,6 +111,12 @@ def told(value: object, name: str) -> Iterator[str]:
         case tuple():
             for one in value:
                 yield from told(one, name)
+        case HaltCause():
+            yield {
+                HaltCause.OPERATOR: "An operator has halted all deletions.",
+                HaltCause.RESTORED: "The database was restored from a back-up.",
+                HaltCause.MOVED: "The database is not where or what it was",
+            }[value]
         case str():
             yield from value.splitlines()
         case _:

@@ -109,6 +109,14 @@ def test_configuring_again_does_not_write_twice(configure: Configure) -> None:
     assert (first.getvalue(), len(lines(second))) == ("", 1)
 
 
+def test_transitions_are_written_at_every_level(configure: Configure) -> None:
+    """They are what tells, after a restore, what the database has lost."""
+    stream = configure(level="error")
+    structlog.stdlib.get_logger("app.history").info("account.transition")
+    own().warning("something.else")
+    assert [line["event"] for line in lines(stream)] == ["account.transition"]
+
+
 def test_the_level_is_the_least_that_is_written(configure: Configure) -> None:
     stream = configure(level="warning")
 
