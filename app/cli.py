@@ -654,7 +654,7 @@ async def _restored(settings: Settings, as_of: datetime, lines: Iterator[bytes] 
         waiting = (await breaker.read(shared.policy)).waiting
         lost = None if lines is None else await lost_transitions.find(lost_transitions.read(lines))
     print(f"# The database was restored as of {as_of:%Y-%m-%d %H:%M:%S} UTC. No deletion begins.")
-    print(f"# {left:,} accounts: how each stands is sent to everybody by the workers, with a new epoch.")
+    print(f"# The workers send everybody how each account stands, with a new epoch: {left:,} accounts are left.")
     print(f"# {waiting:,} deletions fall due within 24 hours: sunset deletions list --due")
     if lost is None:
         print("# What happened since is in the logs: sunset restored --as-of TIME --log FILE prints it.")
