@@ -2,6 +2,8 @@
 
 * Streams end when the server is to stop: they would last for as long as their clients please.
 * A client that sends pings and reads nothing is cut off, instead of being answered into a buffer that grows.
+* An application can tell what a request was for, byte by byte: `scope["state"]["target"]`. ASGI leaves out a fragment,
+  and a question mark with nothing behind it.
 * Who connects from where is not logged; the application logs what was asked.
 """
 
@@ -11,6 +13,7 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from app.changes import Changes
@@ -32,6 +35,12 @@ class _WebSocket(WebSocketsSansIOProtocol):
             self.transport.abort()
 
 
+class _Http(HttpToolsProtocol):
+    def on_headers_complete(self) -> None:
+        self.scope["state"]["target"] = self.url
+        super().on_headers_complete()
+
+
 class Server(uvicorn.Server):
     """One process that serves `app`, whose streams follow `changes`. `options` are uvicorn's."""
 
@@ -39,7 +48,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=_Http,
                 ws=_WebSocket,
                 ws_max_size=MAX_MESSAGE_BYTES,
                 ws_per_message_deflate=False,  # the messages are small, and each socket would hold its tables

@@ -175,7 +175,7 @@ def test_every_status_is_in_a_diagram() -> None:
 
 def test_every_file_that_is_named_exists() -> None:
     linked = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README)}
-    named = set(re.findall(r"\b(?:scripts|tests|app)/[\w./]+\b", README))
+    named = set(re.findall(r"(?<!/)\b(?:scripts|tests|app)/[\w./]+\b", README))
     local = {path for path in linked | named if "://" not in path}
     assert local
     assert [path for path in sorted(local) if not (ROOT / path).exists()] == []

@@ -1,24 +1,32 @@
 """The gate: may this account send, may its members sign in. Asked by the systems that send and sign in, at each call.
 
 * `GET /gate/accounts/{reference}` answers in JSON, `POST /gate/accounts` for up to 1,000 references at once.
-* `GET /gate/messages/{reference}` and `GET /gate/members/{reference}` answer 204 or 403 without a body, which is what
-  nginx (`auth_request`), Envoy (`ext_authz`) and Traefik (`forwardAuth`) ask for. Where the address cannot name the
-  account, the header `X-Account-Reference` does, and the rest of the path is not looked at.
+* `/gate/messages/{reference}` and `/gate/members/{reference}` answer 204 or 403 without a body, which is what nginx
+  (`auth_request`) asks for. The path alone names the account.
+* `/gate/messages-by-header` and `/gate/members-by-header` answer 200 or 403 without a body, which is what Envoy
+  (`ext_authz`, to which nothing but 200 is a yes) and Traefik (`forwardAuth`) ask for. The header
+  `X-Account-Reference` alone names the account; what follows in the path, and the method, are the visitor's.
+
+Each route has one source for the account, because a visitor controls whatever the proxy passes on and does not
+overwrite: a second source, or one that can be read in two ways, is a no. Such a no is a 403, never another 4xx, of
+which proxies make failures of their own.
 
 The truth is read from the database with every call: the first call after a cancellation's commit says no, whichever
 process answers. Whatever is not a clear yes is a no: an account that nobody knows, a caller who may not ask, a
-database that is away.
+database that is away. Who may not ask learns that first, and is not listened to any further.
 
 The hottest path of the house: one prepared statement says whether the caller may ask and what the answer is, and
 nothing but the answer is made of it.
 """
 
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
@@ -27,20 +35,47 @@ from app.auth import Installation
 from app.lifecycle import Scope
 
 MAX_REFERENCES = 1_000
-_MAX_BODY_BYTES = 512 * 1024
+MAX_BODY_BYTES = 512 * 1024
+"""For each reference of a full list 512 bytes, which is twice what 200 ASCII characters take."""
 _MAX_REFERENCE_LENGTH = 200
 _HEADERS = {"Cache-Control": "no-store"}
 _REFERENCE_HEADER = "x-account-reference"
 
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
+"""In no account's reference, see `app.provisioning`."""
+_MISLEADING = re.compile(
+    rb"[/\\]|%(?:2[3F]|3F|5C)"  # somebody on the way may end the name here: / \ and # ? when encoded
+    rb"|%25|%(?![0-9A-F]{2})"  # and decode it once more
+    rb"|%(?:2[DE]|3[0-9]|[46][1-9A-F]|[57][0-9A]|5F|7E)",  # encoded without need: each name has one spelling
+    re.IGNORECASE,
+)
+
+_NOBODY = "SELECT CAST(NULL AS VARCHAR(200)) AS reference"
+
 
 def routes(installation: Installation) -> list[BaseRoute]:
     gate = _Gate(installation)
+    by_header, by_path = gate.endpoint(gate.bare_by_header), gate.endpoint(gate.bare_by_path)
     return [
         Route("/gate/accounts", gate.endpoint(gate.many), methods=["POST"]),
-        Route("/gate/accounts/{reference:path}", gate.endpoint(gate.one), methods=["GET"]),
-        Route("/gate/messages{reference:path}", gate.endpoint(gate.bare), methods=["GET"]),
-        Route("/gate/members{reference:path}", gate.endpoint(gate.bare), methods=["GET"]),
+        _Below("/gate/accounts/", gate.endpoint(gate.one), methods=["GET"]),
+        _Below("/gate/messages-by-header", by_header),
+        _Below("/gate/members-by-header", by_header),
+        _Below("/gate/messages", by_path),
+        _Below("/gate/members", by_path),
     ]
+
+
+class _Below(Route):
+    """A path with all that begins with it, line breaks and empty segments too; by any method, where none is named."""
+
+    def __init__(
+        self, path: str, endpoint: Callable[[Request], Awaitable[Response]], methods: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(path, endpoint, methods=methods)
+        self.path_regex = re.compile(re.escape(path))
+        if methods is None:
+            self.methods = None
 
 
 class _Refused(Exception):
@@ -57,7 +92,8 @@ class _Refused(Exception):
 class _Answer:
     """What holds for one account. There is one truth for both questions: access ends when messages stop."""
 
-    reference: str
+    reference: str | None
+    """None: what was named can be no account's."""
     status: str | None
     epoch: int | None
     is_open: bool
@@ -81,8 +117,7 @@ class _Gate:
 
         async def answered(request: Request) -> Response:
             try:
-                async with db.deadline(self._installation.request_timeout):
-                    return await answer(request)
+                return await answer(request)
             except _Refused as refusal:
                 metrics.gate("refused")
                 return _json({"error": refusal.message}, refusal.status, refusal.headers)
@@ -96,65 +131,120 @@ class _Gate:
         return answered
 
     async def one(self, request: Request) -> Response:
-        return _json((await self._read(request, _reference(request.path_params["reference"]))).shown())
+        reference = _reference(unquote_to_bytes(_in_path(request)))
+        if reference is None:
+            await self._ask(request, _NOBODY, [])
+            raise _unusable()
+        return _json((await self._read(request, reference)).shown())
 
-    async def bare(self, request: Request) -> Response:
+    async def bare_by_path(self, request: Request) -> Response:
         """204 for yes, 403 for no."""
-        named = request.headers.get(_REFERENCE_HEADER)
-        reference = _reference(request.path_params["reference"].removeprefix("/") if named is None else named)
-        found = await self._read(request, reference)
+        found = await self._read(request, _alone_in_path(request))
         return Response(status_code=204 if found.is_open else 403, headers=_HEADERS)
 
+    async def bare_by_header(self, request: Request) -> Response:
+        """200 for yes, 403 for no."""
+        found = await self._read(request, _in_header(request))
+        return Response(status_code=200 if found.is_open else 403, headers=_HEADERS)
+
     async def many(self, request: Request) -> Response:
+        await self._ask(request, _NOBODY, [])
         references = await _references(request)
-        marks = ", ".join(f"(${index})" for index in range(3, 3 + len(references))) or "(NULL)"
+        marks = ", ".join(f"(${index})" for index in range(3, 3 + len(references)))
         rows = await self._ask(request, f"SELECT column1 AS reference FROM (VALUES {marks}) named", references)
         found = {row["reference"]: _answer(row["reference"], row) for row in rows}
         return _json({"accounts": [found[reference].shown() for reference in references]})
 
-    async def _read(self, request: Request, reference: str) -> _Answer:
+    async def _read(self, request: Request, reference: str | None) -> _Answer:
         [row] = await self._ask(request, "SELECT CAST($3 AS VARCHAR(200)) AS reference", [reference])
         return _answer(reference, row)
 
-    async def _ask(self, request: Request, named: str, references: Sequence[str]) -> list[dict[str, Any]]:
+    async def _ask(self, request: Request, named: str, references: Sequence[str | None]) -> list[dict[str, Any]]:
         """One statement: whether the caller may ask, and what holds for each account that was named."""
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not token:
-            raise errors.Unauthenticated("Send a service's token: `Authorization: Bearer ...`.")
-        tokens = self._installation.tokens
-        await tokens.follow()
-        identity = await tokens.verify(token.strip())
-        rows = await db.fetch(
-            f"SELECT q.reference, a.status, a.epoch, {accounts.has_access_sql('a')} AS is_open, "
-            "EXISTS (SELECT 1 FROM service v WHERE v.issuer = $1 AND v.subject = $2 AND v.deactivated_at IS NULL "
-            f"AND ' ' || v.scopes || ' ' LIKE '% {Scope.GATE} %') AS may_ask "
-            f"FROM ({named}) q LEFT JOIN account a ON a.reference = q.reference",
-            identity.issuer,
-            identity.subject,
-            *references,
-        )
+        async with db.deadline(self._installation.request_timeout):
+            scheme, _, token = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not token:
+                raise errors.Unauthenticated("Send a service's token: `Authorization: Bearer ...`.")
+            tokens = self._installation.tokens
+            await tokens.follow()
+            identity = await tokens.verify(token.strip())
+            rows = await db.fetch(
+                f"SELECT q.reference, a.status, a.epoch, {accounts.has_access_sql('a')} AS is_open, "
+                "EXISTS (SELECT 1 FROM service v WHERE v.issuer = $1 AND v.subject = $2 AND v.deactivated_at IS NULL "
+                f"AND ' ' || v.scopes || ' ' LIKE '% {Scope.GATE} %') AS may_ask "
+                f"FROM ({named}) q LEFT JOIN account a ON a.reference = q.reference",
+                identity.issuer,
+                identity.subject,
+                *references,
+            )
         if identity.grant is not None or not all(row["may_ask"] for row in rows):
             raise _Refused(403, f"This needs the token of a service with the scope `{Scope.GATE}`.")
         return rows
 
 
-def _answer(reference: str, row: Mapping[str, Any]) -> _Answer:
+def _answer(reference: str | None, row: Mapping[str, Any]) -> _Answer:
     metrics.gate("yes" if row["is_open"] else "no")
     return _Answer(reference=reference, status=row["status"], epoch=row["epoch"], is_open=bool(row["is_open"]))
 
 
-def _reference(text: str) -> str:
-    if not 1 <= len(text) <= _MAX_REFERENCE_LENGTH or "\0" in text or any("\ud800" <= one <= "\udfff" for one in text):
-        raise _Refused(400, f"A reference has 1 to {_MAX_REFERENCE_LENGTH} characters.")
-    return text
+def _in_path(request: Request) -> bytes:
+    """What follows the route in the path, as it was sent. Empty, too, where the route itself was sent encoded."""
+    before = (request.scope.get("root_path", "") + request.scope["route"].path.rstrip("/") + "/").encode()
+    raw: bytes = request.scope["raw_path"]
+    return raw[len(before) :] if raw.startswith(before) else b""
+
+
+def _alone_in_path(request: Request) -> str | None:
+    """The reference in the path. None where something else may name an account, or where somebody on the way may read
+    another name."""
+    name = _in_path(request)
+    target: bytes = request.scope.get("state", {}).get("target", b"")
+    if request.scope["query_string"] or b"?" in target or b"#" in target:
+        return None
+    if _MISLEADING.search(name) or name in {b".", b".."} or request.headers.getlist(_REFERENCE_HEADER):
+        return None
+    return _reference(unquote_to_bytes(name))
+
+
+def _in_header(request: Request) -> str | None:
+    """What the header says, in UTF-8 and as it stands there. None where it is missing, or given twice: also when
+    somebody on the way has joined the two with a comma."""
+    given = [value for name, value in request.scope["headers"] if name == _REFERENCE_HEADER.encode()]
+    return _reference(given[0].strip(b" \t")) if len(given) == 1 and b"," not in given[0] else None
+
+
+def _reference(name: bytes) -> str | None:
+    """The name, where it can be an account's."""
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        return None
+    return None if _CONTROL.search(text) or not _can_be_looked_up(text) else text
+
+
+def _can_be_looked_up(text: str) -> bool:
+    """Of what is longer, or is no text to a database, it cannot even be asked whether an account has it."""
+    has_half = any("\ud800" <= one <= "\udfff" for one in text)
+    return 1 <= len(text) <= _MAX_REFERENCE_LENGTH and "\0" not in text and not has_half
+
+
+def _unusable() -> _Refused:
+    return _Refused(400, f"A reference has 1 to {_MAX_REFERENCE_LENGTH} characters, and no control characters.")
 
 
 async def _references(request: Request) -> list[str]:
+    too_large = _Refused(413, f"The body is larger than {MAX_BODY_BYTES:,} bytes.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+        raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BODY_BYTES:
-            raise _Refused(413, f"The body is larger than {_MAX_BODY_BYTES:,} bytes.")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise too_large
+    except ClientDisconnect:
+        raise _Refused(400, "The body has not come whole.") from None
     try:
         given = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -164,7 +254,9 @@ async def _references(request: Request) -> list[str]:
         raise _Refused(400, 'Send JSON: {"references": ["..."]}.')
     if not 1 <= len(listed) <= MAX_REFERENCES:
         raise _Refused(400, f"From 1 to {MAX_REFERENCES:,} references are answered at once.")
-    return [_reference(one) for one in listed]
+    if not all(_can_be_looked_up(one) for one in listed):
+        raise _unusable()
+    return listed
 
 
 def _json(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

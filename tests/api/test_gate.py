@@ -2,25 +2,29 @@
 
 import asyncio
 import contextlib
-import os
-import shutil
-import socket
-import subprocess
-from collections.abc import AsyncIterator, Iterator
-from datetime import timedelta
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import httpx2
 import pytest
-import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from app import db, provisioning
+from app.db import Database
 from app.main import create_app
 from tests import cast
 from tests.cast import ALICE, BILLING, GATEKEEPER, HOST, Stage
 from tests.postgres import PostgresServer
+from tests.raw import begin, request, say
+from tests.serving import serving
+
+
+@pytest.fixture
+async def one_house(sqlite_database: Database, tmp_path: Path) -> AsyncIterator[Stage]:
+    """The service where the engine makes no difference."""
+    async with cast.stage(sqlite_database, tmp_path) as running:
+        yield running
 
 
 def bearer(house: Stage, who: str = GATEKEEPER) -> dict[str, str]:
@@ -61,10 +65,261 @@ async def test_the_bare_form_has_a_status_and_no_body(house: Stage, question: st
     yes, no = await ask(house, f"{question}/acme"), await ask(house, f"{question}/nobody")
     assert (yes.status_code, yes.content) == (204, b"")
     assert (no.status_code, no.content) == (403, b"")
-    by_header = {"X-Account-Reference": "acme"}
-    for path in (question, f"{question}/", f"{question}/any/path?of=the&original=request"):
-        assert (await ask(house, path, **by_header)).status_code == 204
-    assert (await ask(house, f"{question}/acme", **{"X-Account-Reference": "nobody"})).status_code == 403
+    for one in (yes, no):
+        assert one.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("question", ["messages", "members"])
+async def test_the_path_alone_names_the_account(house: Stage, question: str) -> None:
+    """Nobody is let in by a header, and one that a client adds keeps out who adds it."""
+    await house.cancel()
+    for name in ("X-Account-Reference", "x-account-reference"):
+        assert (await ask(house, f"{question}/acme", **{name: "globex"})).status_code == 403
+        assert (await ask(house, f"{question}/globex", **{name: "globex"})).status_code == 403
+        for path in (question, f"{question}/", f"{question}/any/path?of=the&original=request"):
+            answer = await ask(house, path, **{name: "globex"})
+            assert (answer.status_code, answer.content) == (403, b"")
+    assert (await ask(house, f"{question}/globex", X_Account_Reference="acme")).status_code == 204
+
+
+@pytest.mark.parametrize("question", ["messages", "members"])
+async def test_what_is_more_than_a_name_in_the_path_is_a_no(one_house: Stage, question: str) -> None:
+    """And never a failure, of which a proxy would make one of its own: acme, by the ways of writing it that somebody
+    on the way may read otherwise."""
+    house = one_house
+    route = b"/gate/" + question.encode()
+    await db.execute("UPDATE account SET reference = '..' WHERE reference = 'initech'")
+    async with serving(house.app, house.installation.changes) as served:
+        told = f"Authorization: Bearer {house.token(GATEKEEPER)}".encode()
+
+        async def status(target: bytes, *headers: bytes, method: bytes = b"GET") -> int:
+            answer = await say(served.port, request(target, told, *headers, method=method))
+            assert answer.status == 404 or answer.body == b"", target
+            return answer.status
+
+        assert await status(route + b"/acme") == 204
+        assert await status(b"http://sunset.example" + route + b"/acme") == 204
+        for name in MISLEADING:
+            assert await status(route + name) == 403, name
+        for target in (
+            b"/gate/%2e/" + question.encode() + b"/acme",
+            b"/gate%2f" + question.encode() + b"/acme",
+            b"/gate/%6d" + question[1:].encode() + b"/acme",
+            b"/gate//" + question.encode() + b"/acme",
+            b"//gate/" + question.encode() + b"/acme",
+            b"/x/.." + route + b"/acme",
+        ):
+            assert await status(target) in {403, 404}, target
+        for method in (b"GET", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"):
+            assert await status(route + b"/acme", b"Content-Length: 0", method=method) == 204
+            assert await status(route + b"/nobody", b"Content-Length: 0", method=method) == 403
+
+
+MISLEADING = [
+    b"",
+    b"/",
+    b"acme",
+    b"//acme",
+    b"/acme/",
+    b"/acme//",
+    b"/./acme",
+    b"/../" + b"members/acme",
+    b"/acme/..",
+    b"/nobody/../acme",
+    b"/acme?",
+    b"/acme?x",
+    b"/acme?/acme",
+    b"/acme#",
+    b"/acme#x",
+    b"/acme#/acme",
+    b"/acme%3f",
+    b"/acme%3Fx",
+    b"/acme%23",
+    b"/acme%23x",
+    b"/acme%0a",
+    b"/acme%0d%0a",
+    b"/acme%0d%0aX-Account-Reference:%20globex",
+    b"/%0aacme",
+    b"/acme%00",
+    b"/acme%7f",
+    b"/acme%c2%85",
+    b"/acme%e2%80%a8",
+    b"/acme%2f",
+    b"/%2facme",
+    b"%2facme",
+    b"%2Facme",
+    b"/nobody%2f..%2facme",
+    b"/acme%5c",
+    b"/acme\\",
+    b"/.",
+    b"/..",
+    b"/%2e",
+    b"/%2e%2e",
+    b"/%61cme",
+    b"/acm%65",
+    b"/%2561cme",
+    b"/acme%",
+    b"/acme%2",
+    b"/acme%zz",
+    b"/acme%ff",
+    b"/acme%c3",
+    b"/acme%20",
+    b"/%20acme",
+    b"/" + b"x" * 201,
+    b"/" + b"x" * 5_000,
+    b"/" + b"%C3%A4" * 201,
+]
+
+
+@pytest.mark.parametrize("reference", ["a/b", "a?b", "a#b", "100%", "%61", "a\\b", ".", "..", "a\nb", "a\x7f"])
+async def test_a_name_that_a_path_may_be_misread_for_is_a_no_even_if_an_account_has_it(
+    one_house: Stage, reference: str
+) -> None:
+    """It is asked about in JSON, or by header."""
+    await db.execute("UPDATE account SET reference = $1 WHERE reference = 'acme'", reference)
+    escaped = quote(reference, safe="").replace(".", "%2E")
+    assert (await ask(one_house, f"members/{escaped}")).status_code == 403
+    if reference.isprintable():
+        assert (await ask(one_house, f"accounts/{escaped}")).json()["membersCanSignIn"] is True
+        assert (await ask_by_header(one_house, reference.encode())).status_code == 200
+
+
+@pytest.mark.parametrize("reference", ["Zoë & Söhne", "acme:eu@1", "a,b;c=d", "~a_b-c.d", "日本", "x" * 200, "ä" * 200])
+async def test_other_names_are_named_by_the_path_encoded_where_they_must_be(one_house: Stage, reference: str) -> None:
+    await db.execute("UPDATE account SET reference = $1 WHERE reference = 'acme'", reference)
+    for safe in ("", "!$&'()*+,;=:@"):
+        assert (await ask(one_house, f"members/{quote(reference, safe=safe)}")).status_code == 204
+        assert (await ask(one_house, f"members/{quote(reference, safe=safe).lower()}")).status_code == (
+            204 if reference.lower() == reference else 403
+        )
+
+
+async def test_the_json_form_reads_the_path_as_it_was_sent(one_house: Stage) -> None:
+    for name in ("acme%0a", "%0aacme", "acme%00", "%ff", "", "x" * 201):
+        answer = await ask(one_house, f"accounts/{name}")
+        assert answer.status_code == 400
+        assert "reference" in answer.json()["error"]
+    for name in ("acme/", "/acme", "acme%20", "acme%2F"):
+        answer = await one_house.client.get(
+            httpx2.URL("http://sunset.test", raw_path=f"/gate/accounts/{name}".encode()), headers=bearer(one_house)
+        )
+        assert (answer.json()["reference"], answer.json()["membersCanSignIn"]) == (unquote(name), False)
+
+
+# -------------------------------------------------------------------------------------------------- named by a header
+
+
+async def ask_by_header(
+    house: Stage, *values: bytes, path: str = "members-by-header", method: str = "GET", who: str = GATEKEEPER
+) -> httpx2.Response:
+    headers = [(b"Authorization", f"Bearer {house.token(who)}".encode())]
+    return await house.client.request(
+        method, f"/gate/{path}", headers=headers + [(b"X-Account-Reference", value) for value in values]
+    )
+
+
+@pytest.mark.parametrize("question", ["messages", "members"])
+async def test_the_header_alone_names_the_account(house: Stage, question: str) -> None:
+    """Yes is 200 here: Envoy takes nothing else for one. It asks with the visitor's method and path behind its own."""
+    await house.cancel()
+    route = f"{question}-by-header"
+    for path in ("", "/", "/app/acme/home", "/acme", "/globex", "?account=acme", "/a%0Ab%2F..%2F%FF?x=%0d%0a#c", "//"):
+        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"):
+            yes = await ask_by_header(house, b"globex", path=route + path, method=method)
+            no = await ask_by_header(house, b"acme", path=route + path, method=method)
+            assert (yes.status_code, yes.content, yes.headers["cache-control"]) == (200, b"", "no-store")
+            assert (no.status_code, no.content) == (403, b"")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [b""],
+        [b"acme", b"acme"],
+        [b"acme", b"globex"],
+        [b"acme", b""],
+        [b"", b"acme"],
+        [b"acme,acme"],
+        [b"acme, globex"],
+        [b"acme,"],
+        [b",acme"],
+        [b"%61cme"],
+        [b"acme\xff"],
+        ["Zoë".encode("latin-1")],
+        [b"acme\x0b"],
+        [b"acme\x7f"],
+        [b"acme\xc2\x85"],
+        [b"acme\xe2\x80\xa8"],
+        [b"x" * 201],
+        [b"*"],
+        [b"%"],
+    ],
+)
+async def test_a_header_that_does_not_name_one_account_is_a_no(one_house: Stage, values: list[bytes]) -> None:
+    await db.execute("UPDATE account SET reference = 'Zoë' WHERE reference = 'globex'")
+    answer = await ask_by_header(one_house, *values)
+    assert (answer.status_code, answer.content) == (403, b"")
+
+
+async def test_a_name_with_a_comma_cannot_be_told_from_two_by_a_header(one_house: Stage) -> None:
+    await db.execute("UPDATE account SET reference = 'acme, globex' WHERE reference = 'initech'")
+    assert (await ask_by_header(one_house, b"acme, globex")).status_code == 403
+    assert (await ask(one_house, "members/acme,%20globex")).status_code == 204
+
+
+@pytest.mark.parametrize("reference", ["Zoë & Söhne", "a/b c", "ärger?&#%", "100%", "%61", "..", "ä" * 200])
+async def test_a_header_is_read_as_it_stands_there(one_house: Stage, reference: str) -> None:
+    await db.execute("UPDATE account SET reference = $1 WHERE reference = 'acme'", reference)
+    assert (await ask_by_header(one_house, reference.encode())).status_code == 200
+    assert (await ask_by_header(one_house, quote(reference, safe="").replace(".", "%2E").encode())).status_code == 403
+    async with serving(one_house.app, one_house.installation.changes) as served:
+        told = f"Authorization: Bearer {one_house.token(GATEKEEPER)}".encode()
+        spaced = b"x-ACCOUNT-reference: \t" + reference.encode() + b" \t "
+        assert (await say(served.port, request(b"/gate/members-by-header", told, spaced))).status == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["members-by-header", "messages-by-header/app/acme", "members/", "members/a%0a", "members/a%2Fb"]
+)
+async def test_who_may_not_ask_is_refused_whatever_they_name(one_house: Stage, path: str) -> None:
+    for who in (ALICE, BILLING, HOST):
+        answer = await ask_by_header(one_house, b"acme", path=path, who=who)
+        assert answer.status_code == 403
+        assert "gate" in answer.json()["error"]
+    answer = await one_house.client.get(f"/gate/{path}", headers={"X-Account-Reference": "acme"})
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+
+
+async def test_each_call_is_counted_by_its_answer(one_house: Stage) -> None:
+    async def counted() -> dict[str, float]:
+        text = (await one_house.client.get("/metrics")).text
+        return {
+            one.labels["answer"]: one.value
+            for family in text_string_to_metric_families(text)
+            for one in family.samples
+            if one.name == "sunset_gate_total"
+        }
+
+    before = await counted()
+    for path in ("members/acme", "accounts/acme"):
+        await ask(one_house, path)  # yes
+    await ask_by_header(one_house, b"acme")  # yes
+    for path in ("members/nobody", "members/acme%2F", "members-by-header"):
+        await ask(one_house, path)  # no
+    await ask_by_header(one_house, b"acme", b"acme")  # no
+    for path in ("accounts/%0A", "members/acme"):
+        await ask(one_house, path, HOST if "acme" in path else GATEKEEPER)  # refused
+    await one_house.client.post("/gate/accounts", content=b"[]", headers=bearer(one_house))  # refused
+    many = {"references": ["acme", "globex", "nobody"]}
+    await one_house.client.post("/gate/accounts", json=many, headers=bearer(one_house))  # yes, yes, no
+    after = await counted()
+    assert {answer: after[answer] - before.get(answer, 0) for answer in after} == {
+        "yes": 5,
+        "no": 5,
+        "refused": 3,
+        **({"unavailable": 0} if "unavailable" in after else {}),
+    }
 
 
 async def test_an_account_that_nobody_knows_is_a_no(house: Stage) -> None:
@@ -138,6 +393,31 @@ async def test_a_list_that_cannot_be_read_is_refused(house: Stage, body: bytes) 
 async def test_a_list_that_is_too_large_is_refused(house: Stage) -> None:
     answer = await house.client.post("/gate/accounts", content=b" " * 600_000, headers=bearer(house))
     assert answer.status_code == 413
+
+
+async def test_who_may_not_ask_is_told_so_before_a_body_is_read(one_house: Stage) -> None:
+    """It never comes here, and they are answered all the same. The same holds for a body that is too large."""
+    async with serving(one_house.app, one_house.installation.changes) as served:
+
+        async def status(token: str, size: int, *headers: bytes) -> int:
+            told = [f"Authorization: Bearer {token}".encode(), f"Content-Length: {size}".encode(), *headers]
+            return (await begin(served.port, request(b"/gate/accounts", *told, method=b"POST", body=b'{"ref'))).status
+
+        for size in (10, 500_000, 600_000, 10_000_000_000):
+            assert await status("nonsense", size) == 401
+            assert await status(one_house.token(HOST), size) == 403
+            assert await status(one_house.token(ALICE), size) == 403
+        assert await status(one_house.token(GATEKEEPER), 524_289) == 413
+        assert await status(one_house.token(GATEKEEPER), 10_000_000_000) == 413
+        assert await status("nonsense", 500_000, b"Expect: 100-continue") == 401
+        assert await status(one_house.token(GATEKEEPER), 500_000, b"Expect: 100-continue") == 100
+
+
+@pytest.mark.parametrize("character", ["x", "ä"])
+async def test_a_thousand_of_the_longest_names_are_answered(one_house: Stage, character: str) -> None:
+    asked = [f"{number:03}" + character * 197 for number in range(1_000)]
+    answer = await one_house.client.post("/gate/accounts", json={"references": asked}, headers=bearer(one_house))
+    assert [one["reference"] for one in answer.json()["accounts"]] == asked
 
 
 @pytest.mark.parametrize("who", [ALICE, BILLING, HOST])
@@ -236,99 +516,3 @@ async def other_process(house: Stage) -> AsyncIterator[httpx2.AsyncClient]:
         httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://other.test") as client,
     ):
         yield client
-
-
-# ------------------------------------------------------------------------------------------------------------ nginx
-
-NGINX = """
-worker_processes 1;
-daemon off;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{ worker_connections 64; }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-    server {{
-        listen 127.0.0.1:{port};
-        location ~ ^/app/(?<account>[^/]+)/ {{
-            auth_request /gate;
-            proxy_pass http://127.0.0.1:{behind};
-        }}
-        location = /gate {{
-            internal;
-            proxy_pass http://127.0.0.1:{sunset}/gate/members/$account;
-            proxy_pass_request_body off;
-            proxy_set_header Content-Length "";
-            proxy_set_header Authorization "Bearer {token}";
-        }}
-    }}
-    server {{
-        listen 127.0.0.1:{behind};
-        return 200 "welcome";
-    }}
-}}
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@contextlib.asynccontextmanager
-async def over_tcp(house: Stage) -> AsyncIterator[int]:
-    port = free_port()
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(house.settings, house.installation), port=port, log_config=None, lifespan="on")
-    )
-    running = asyncio.create_task(server.serve())
-    try:
-        async with asyncio.timeout(30):
-            while not server.started:  # noqa: ASYNC110  uvicorn has no event for it
-                await asyncio.sleep(0.02)
-        yield port
-    finally:
-        server.should_exit = True
-        await running
-
-
-@contextlib.contextmanager
-def nginx(folder: Path, **values: Any) -> Iterator[None]:
-    config = folder / "nginx.conf"
-    config.write_text(NGINX.format(folder=folder, **values), encoding="utf-8")
-    process = subprocess.Popen(["nginx", "-c", config, "-e", folder / "error.log"], env={**os.environ})
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
-async def test_nginx_lets_in_and_keeps_out_as_the_gate_says(house: Stage, tmp_path: Path) -> None:
-    """The configuration of the README, on the real thing."""
-    folder = tmp_path / "nginx"
-    folder.mkdir(mode=0o777)
-    port = free_port()
-    token = house.installation.tokens.mint(cast.subject(GATEKEEPER), timedelta(hours=1))
-    async with over_tcp(house) as sunset, httpx2.AsyncClient() as browser:
-        with nginx(folder, port=port, behind=free_port(), sunset=sunset, token=token):
-
-            async def visit(account: str) -> int:
-                async with asyncio.timeout(30):
-                    while True:
-                        try:
-                            return (await browser.get(f"http://127.0.0.1:{port}/app/{account}/home")).status_code
-                        except httpx2.ConnectError:  # it is just starting
-                            await asyncio.sleep(0.02)
-
-            assert await visit("acme") == 200
-            assert await visit("nobody") == 403
-            await house.cancel()
-            assert await visit("acme") == 403
-            assert await visit("globex") == 200
-            await provisioning.deactivate_service(GATEKEEPER)
-            assert await visit("globex") == 403
