@@ -649,7 +649,15 @@ def foreign_tokens(stage: Stage) -> dict[str, str | None]:
     }
 
 
-def link_token(stage: Stage, email: str, purpose: LinkPurpose, account_id: UUID, request_id: UUID) -> str:
+def link_token(
+    stage: Stage,
+    email: str,
+    purpose: LinkPurpose,
+    account_id: UUID,
+    request_id: UUID,
+    now: datetime | None = None,
+) -> str:
+    """`now` where the clock was moved."""
     grant = LinkGrant(
         purpose=purpose,
         issuer=DEVELOPMENT_ISSUER,
@@ -657,7 +665,7 @@ def link_token(stage: Stage, email: str, purpose: LinkPurpose, account_id: UUID,
         account_id=account_id,
         request_id=request_id,
     )
-    now = datetime.now(UTC)
+    now = now or datetime.now(UTC)
     return stage.installation.tokens.mint_link(grant, issued_at=now, expires_at=now + timedelta(days=60))
 
 
