@@ -13,11 +13,12 @@ from uuid import UUID
 
 import structlog
 
-from app import accounts, db, errors
+from app import accounts, db, errors, lifecycle
 from app.accounts import AccountView, MemberView
 from app.changes import Changes
 from app.lifecycle import (
     AccountFacts,
+    Action,
     Actor,
     ActorKind,
     LinkPurpose,
@@ -41,9 +42,9 @@ class Installation:
     member_issuer: str
     """The issuer of members' tokens, where provisioning names none."""
     rate_limit_caller: int
-    """How many of the limited mutations one caller may send in a minute; 0: no limit."""
+    """How many of the limited mutations one caller, or one link, may send in a minute; 0: no limit."""
     rate_limit_account: int
-    """The same about one account, by everybody together."""
+    """The same about one account, by everybody who may by the same right."""
     request_timeout: timedelta
     """How long a request may wait for the database."""
     data_dir: Path
@@ -121,18 +122,24 @@ class Caller:
             return self.account
         return self.see()
 
+    @property
+    def is_staff(self) -> bool:
+        """Reads what staff wrote for staff. Never the bearer of a link, whoever it was sent to: it lets them do one
+        thing and read nothing."""
+        return self.staff is not None and self.identity.grant is None
+
     def has_billing_permission(self) -> bool:
         """On the account asked about: a member with the permission, or staff, who reads everything. A link's bearer
-        never: it lets them do one thing and read nothing."""
+        never."""
         if self.identity.grant is not None:
             return False
-        return self.staff is not None or (self.member is not None and self.member.has_billing_permission)
+        return self.is_staff or (self.member is not None and self.member.has_billing_permission)
 
     def sees_webhooks(self) -> bool:
         """Staff, and services with the scope `webhooks`."""
         if self.identity.grant is not None:
             return False
-        return self.staff is not None or (self.service is not None and Scope.WEBHOOKS in self.service.scopes)
+        return self.is_staff or (self.service is not None and Scope.WEBHOOKS in self.service.scopes)
 
     def actor(self) -> Actor:
         """What the caller is to the account asked about, for the rules."""
@@ -349,7 +356,7 @@ async def require_webhook_manager(call: Call) -> Caller:
 
 @dataclass(frozen=True, kw_only=True)
 class Acting:
-    """A caller about to act on an account whose row is locked: what holds now, holds until the commit."""
+    """A caller about to act on an account. Where its row is locked, what holds now holds until the commit."""
 
     caller: Caller
     actor: Actor
@@ -358,17 +365,29 @@ class Acting:
     now: datetime
 
 
-async def act_on(call: Call, account_id: UUID | None, *, what: str = "account") -> Acting:
-    """Lock the account's row, then read who asks and what holds. To be called inside the transaction.
+async def authorize(
+    call: Call, action: Action, account_id: UUID | None, *, what: str = "account", request_id: UUID | None = None
+) -> Acting:
+    """Who asks and what holds, when the rules allow them the action in some phase of the account.
 
-    Raises `NotFound` where the account does not exist or is not the caller's to know of, besides what `identify`
-    raises. `account_id` is None for an id that is malformed or unknown: the answer is the same.
+    Raises `NotFound` where the account does not exist or is not the caller's to know of, and for a link that is about
+    another request than `request_id`; `PermissionDenied` where no rule allows it; and what `identify` raises.
+    `account_id` is None for an id that is malformed or unknown: the answer is the same.
     """
+    caller = await identify(call, account_id)
+    actor, grant = caller.actor(), call.identity.grant
+    visible = caller.account if grant is not None and actor.relations else caller.see()
+    if visible is None or (grant is not None and request_id is not None and grant.request_id != request_id):
+        raise errors.NotFound(what)
+    lifecycle.permit(action, actor)
+    return Acting(caller=caller, actor=actor, account=visible, facts=visible.facts(call.policy), now=caller.now)
+
+
+async def act_on(
+    call: Call, action: Action, account_id: UUID | None, *, what: str = "account", request_id: UUID | None = None
+) -> Acting:
+    """Lock the account's row, then read who asks and what holds. To be called inside the transaction. Raises what
+    `authorize` raises."""
     if account_id is not None:
         await accounts.lock_row(account_id)
-    caller = await identify(call, account_id)
-    actor = caller.actor()
-    visible = caller.account if caller.identity.grant is not None and actor.relations else caller.see()
-    if visible is None:
-        raise errors.NotFound(what)
-    return Acting(caller=caller, actor=actor, account=visible, facts=visible.facts(call.policy), now=caller.now)
+    return await authorize(call, action, account_id, what=what, request_id=request_id)

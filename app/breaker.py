@@ -176,13 +176,11 @@ async def approve(call: Call, *, count: int, note: str | None, idempotency_key: 
     Raises `PermissionDenied` for others and for the same person again, `DeletionsNotHalted`, `InvalidInput`.
     """
     values = {"count": count, "note": note}
-    await limiting.spend(call, None)
+    await _require_billing_team(call)
+    await limiting.spend(call)
     async with db.transaction():
         await db.exclusively(_NAME)
-        caller = await require_staff(call)
-        staff = caller.staff
-        if staff is None or staff.role is not StaffRole.BILLING_TEAM:
-            raise errors.PermissionDenied("Only the billing team approves deletions.")
+        staff = await _require_billing_team(call)
         await idempotency.once(
             call.identity,
             "approveDeletions",
@@ -192,6 +190,13 @@ async def approve(call: Call, *, count: int, note: str | None, idempotency_key: 
             lambda: _approve(call.policy, staff, count, note),
         )
         return await read(call.policy, exact=True)
+
+
+async def _require_billing_team(call: Call) -> StaffFacts:
+    staff = (await require_staff(call)).staff
+    if staff is None or staff.role is not StaffRole.BILLING_TEAM:
+        raise errors.PermissionDenied("Only the billing team approves deletions.")
+    return staff
 
 
 async def _approve(policy: Policy, staff: StaffFacts, count: int, note: str | None) -> dict[str, Any]:

@@ -80,10 +80,9 @@ async def cancel(
     `lifecycle.cancel` does.
     """
     values = {"account": account_id, "reason": reason, "note": note}
-    await limiting.spend(call, account_id)
+    await limiting.admit(call, Action.CANCEL_ACCOUNT, account_id)
     async with db.transaction():
-        acting = await act_on(call, account_id)
-        lifecycle.permit(Action.CANCEL_ACCOUNT, acting.actor)
+        acting = await act_on(call, Action.CANCEL_ACCOUNT, account_id)
         answer = await idempotency.once(
             call.identity,
             "cancelAccount",
@@ -253,10 +252,9 @@ async def _record(kind: TransitionType, account: AccountView, request_id: UUID, 
 
 async def withdraw(call: Call, account_id: UUID | None, *, idempotency_key: str | None = None) -> AccountView:
     """Take the open request back before it takes effect; the account is ACTIVE again, its feedback stays."""
-    await limiting.spend(call, account_id)
+    await limiting.admit(call, Action.WITHDRAW_CANCELLATION, account_id)
     async with db.transaction():
-        acting = await act_on(call, account_id)
-        lifecycle.permit(Action.WITHDRAW_CANCELLATION, acting.actor)
+        acting = await act_on(call, Action.WITHDRAW_CANCELLATION, account_id)
         await idempotency.once(
             call.identity,
             "withdrawCancellation",
@@ -338,16 +336,14 @@ async def confirm(
         "token": confirmation_token and hash_confirmation_token(confirmation_token),
     }
     found = None if request_id is None else await accounts.load_request(request_id)
-    await limiting.spend(call, found.account_id if found else None)
+    action, account_id, what = Action.CONFIRM_CANCELLATION, found.account_id if found else None, "cancellation request"
+    await limiting.admit(call, action, account_id, what=what, request_id=request_id)
     wrong_try: errors.ConfirmationTokenInvalid | None = None
     async with db.transaction():
-        acting = await act_on(call, found.account_id if found else None, what="cancellation request")
+        acting = await act_on(call, action, account_id, what=what, request_id=request_id)
         assert found is not None
         if grant is not None:
-            if grant.request_id != found.id:
-                raise errors.NotFound("cancellation request")
             confirmation_token = call.installation.tokens.confirmation_token(grant.request_id, grant.generation)
-        lifecycle.permit(Action.CONFIRM_CANCELLATION, acting.actor)
         if confirmation_token is None:
             raise errors.InvalidInput(
                 "The confirmation token is needed; cancelAccount gives it.", field="confirmationToken"

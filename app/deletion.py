@@ -78,10 +78,9 @@ async def _act(
     idempotency_key: str | None,
     change: Callable[[Installation, Acting, str], Awaitable[None]],
 ) -> AccountView:
-    await limiting.spend(call, account_id)
+    await limiting.admit(call, action, account_id)
     async with db.transaction():
-        acting = await act_on(call, account_id)
-        lifecycle.permit(action, acting.actor)
+        acting = await act_on(call, action, account_id)
 
         async def checked() -> dict[str, Any]:
             lifecycle.check(action, acting.actor, acting.facts, acting.now)

@@ -44,9 +44,11 @@ class Created:
 
 @asynccontextmanager
 async def _managing(by: Call | None) -> AsyncIterator[None]:
-    """A transaction of somebody who may. Raises `PermissionDenied` for others, and what `limiting.spend` raises."""
+    """A transaction of somebody who may. Raises `PermissionDenied` for others, before it raises what `limiting.spend`
+    does."""
     if by is not None:
-        await limiting.spend(by, None)
+        await require_webhook_manager(by)
+        await limiting.spend(by)
     async with db.transaction():
         if by is not None:
             await require_webhook_manager(by)

@@ -32,13 +32,11 @@ async def submit(
     """
     values = {"request": request_id, "reason": reason, "comment": comment}
     found = None if request_id is None else await accounts.load_request(request_id)
-    await limiting.spend(call, found.account_id if found else None)
+    action, account_id, what = Action.SUBMIT_FEEDBACK, found.account_id if found else None, "cancellation request"
+    await limiting.admit(call, action, account_id, what=what, request_id=request_id)
     async with db.transaction():
-        acting = await act_on(call, found.account_id if found else None, what="cancellation request")
+        acting = await act_on(call, action, account_id, what=what, request_id=request_id)
         assert found is not None
-        if call.identity.grant is not None and call.identity.grant.request_id != found.id:
-            raise errors.NotFound("cancellation request")
-        lifecycle.permit(Action.SUBMIT_FEEDBACK, acting.actor)
         answer = await idempotency.once(
             call.identity,
             "submitFeedback",

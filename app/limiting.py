@@ -4,7 +4,14 @@ An allowance is a minute's number of attempts, which come back evenly (GCRA). On
 the allowance will be whole again. The database counts, so that all processes count together, and by its own clock: the
 development clock gives nobody attempts back. What is stored of a caller is a hash.
 
-It must not know the actions: each of them spends an attempt before it does anything else.
+An allowance belongs to who may act, so that nobody can lock anybody else out:
+
+* each caller has one of their own, and so has each emailed link, beside that of the person whom it was sent to;
+* an account has one for each relation that gives the right to act: members, its Customer Success Manager, the billing
+  team, and the bearers of its links of each kind;
+* who may not act is refused before anything is counted. It costs a read, as asking does.
+
+It must not know the actions: each of them asks to be admitted before it does anything else.
 """
 
 import hashlib
@@ -16,8 +23,9 @@ from typing import Any
 from uuid import UUID
 
 from app import db, errors
-from app.auth import Call
-from app.lifecycle import Permission
+from app.auth import Call, authorize
+from app.lifecycle import RULES, Action, Relation
+from app.tokens import Identity
 
 _MINUTE = 60_000
 """Milliseconds."""
@@ -29,9 +37,6 @@ class _Allowance:
     per_minute: int
     whose: str
     """For the refusal's message."""
-    condition: str = "1 = 1"
-    """Whether the caller may touch it, in SQL: `$1` is the key, `args` follow."""
-    args: tuple[Any, ...] = ()
 
     @property
     def interval(self) -> int:
@@ -44,65 +49,76 @@ class _Allowance:
         return (self.per_minute - 1) * self.interval
 
 
-async def spend(call: Call, account_id: UUID | None) -> None:
-    """Count one attempt of the caller's to change the cancellation of the account. `account_id` is None for an id that
-    is malformed or unknown, which counts for the caller alone.
+async def admit(
+    call: Call, action: Action, account_id: UUID | None, *, what: str = "account", request_id: UUID | None = None
+) -> None:
+    """Count one attempt at an action by somebody who may act. `account_id` and `request_id` as for `auth.act_on`.
 
-    To be called before the action's transaction, so that attempts that are refused there count too. Raises
-    `RateLimited` when the caller's or the account's allowance is used up, and then uses neither. Those who may manage
-    its billing, and the bearers of its links, share an account's; staff shares another one. So who merely knows the id,
-    or is a member without a say, can lock nobody out, and members cannot lock out the billing team.
+    To be called before the action's transaction, so that attempts that are refused there count too: that it is too
+    early, that a token is wrong. Raises what `auth.authorize` raises before anything is counted, and what `spend`
+    raises.
     """
-    key = caller_key(call.identity.issuer, call.identity.subject)
-    callers = _Allowance(key=key, per_minute=call.installation.rate_limit_caller, whose="you")
-    await _use(callers)
+    if call.installation.rate_limit_caller or call.installation.rate_limit_account:
+        acting = await authorize(call, action, account_id, what=what, request_id=request_id)
+        rights = RULES[action].who & acting.actor.relations
+        await spend(call, acting.account.id, next(relation for relation in Relation if relation in rights))
+
+
+async def spend(call: Call, account_id: UUID | None = None, by: Relation | None = None) -> None:
+    """Count one attempt of somebody who may make it: with an account, about it, by what gives them the right.
+
+    Raises `RateLimited` when their own allowance or that of the relation is used up, and then uses neither.
+    """
+    own = _Allowance(key=_own_key(call.identity), per_minute=call.installation.rate_limit_caller, whose="you")
+    await _use(own)
+    if account_id is None or by is None:
+        return
+    shared = _Allowance(
+        key=_shared_key(account_id, by), per_minute=call.installation.rate_limit_account, whose=_WHOSE[by]
+    )
     try:
-        for shared in _of_account(call, account_id):
-            await _use(shared)
+        await _use(shared)
     except errors.RateLimited:
-        await _give_back(callers)
+        await _give_back(own)
         raise
 
 
+_LINKS = "all who have such a link to this account together"
+_WHOSE = {
+    Relation.BILLING_MEMBER: "all who manage this account together",
+    Relation.ACCOUNT_CSM: "all Customer Success Managers together, about this account",
+    Relation.BILLING_TEAM: "all of the billing team together, about this account",
+    Relation.CONFIRM_LINK: _LINKS,
+    Relation.FEEDBACK_LINK: _LINKS,
+    Relation.RESTART_LINK: _LINKS,
+}
+"""The relations that give a right to act."""
+
+
 def caller_key(issuer: str, subject: str) -> str:
-    """The same for all tokens and links of one person; it does not tell who that is."""
-    return "caller:" + hashlib.sha256(f"{issuer}\0{subject}".encode()).hexdigest()
+    """The same for all tokens of one person; it does not tell who that is."""
+    return f"caller:{_hash(issuer, subject)}"
 
 
-_MAY_MANAGE = (
-    "EXISTS (SELECT 1 FROM member m WHERE m.account_id = $2 AND m.issuer = $3 AND m.subject = $4 AND (m.role = 'ADMIN' "
-    f"OR ' ' || m.permissions || ' ' LIKE '% {Permission.ACCESS_BILLING_AND_ACCOUNT_INFO} %'))"
-)
-_IS_STAFF = (
-    "EXISTS (SELECT 1 FROM account a, staff s "
-    "WHERE a.id = $2 AND s.issuer = $3 AND s.subject = $4 AND s.deactivated_at IS NULL)"
-)
-
-
-def _of_account(call: Call, account_id: UUID | None) -> list[_Allowance]:
-    """The account's allowances that the caller may have a share in."""
-    identity, grant = call.identity, call.identity.grant
-    if account_id is None or (grant is not None and grant.account_id != account_id):
-        return []
-
-    def shared(key: str, whose: str, condition: str) -> _Allowance:
-        return _Allowance(
-            key=key,
-            per_minute=call.installation.rate_limit_account,
-            whose=whose,
-            condition=condition,
-            args=(account_id, identity.issuer, identity.subject),
-        )
-
-    members, staff = _account_keys(account_id)
-    found = [shared(members, "all who manage this account together", _MAY_MANAGE)]
+def _own_key(identity: Identity) -> str:
+    """A link's goes by what it grants, and begins with its account's key, to be forgotten with it."""
+    grant = identity.grant
     if grant is None:
-        found.append(shared(staff, "all of the staff together, about this account", _IS_STAFF))
-    return found
+        return caller_key(identity.issuer, identity.subject)
+    granted = _hash(grant.purpose, str(grant.request_id), str(grant.generation), grant.issuer, grant.subject)
+    return f"{_account_key(grant.account_id)}:{granted[:32]}"
 
 
-def _account_keys(account_id: UUID) -> tuple[str, str]:
-    return f"account:{account_id}", f"account:{account_id}:staff"
+def _shared_key(account_id: UUID, by: Relation) -> str:
+    return _account_key(account_id) if by is Relation.BILLING_MEMBER else f"{_account_key(account_id)}:{by}"
+
+
+def _account_key(account_id: UUID) -> str:
+    return f"account:{account_id}"
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 async def _use(allowance: _Allowance) -> None:
@@ -113,21 +129,15 @@ async def _use(allowance: _Allowance) -> None:
     now, interval = db.database_now_sql(), allowance.interval
     async with _turn():
         used = await db.fetch_one(
-            f"INSERT INTO rate_limit (key, whole_at) SELECT CAST($1 AS VARCHAR), {_later(now, interval)} "
-            f"WHERE {allowance.condition} ON CONFLICT (key) DO UPDATE "
+            f"INSERT INTO rate_limit (key, whole_at) VALUES ($1, {_later(now, interval)}) ON CONFLICT (key) DO UPDATE "
             f"SET whole_at = {_later(_latest('rate_limit.whole_at', now), interval)} "
             f"WHERE rate_limit.whole_at <= {_later(now, allowance.slack)} RETURNING whole_at",
             allowance.key,
-            *allowance.args,
         )
     if used is not None:
         return
-    row = await db.fetch_one(
-        f"SELECT whole_at, {now} AS now FROM rate_limit WHERE key = $1 AND {allowance.condition}",
-        allowance.key,
-        *allowance.args,
-    )
-    if row is None:  # Not the caller's to use.
+    row = await db.fetch_one(f"SELECT whole_at, {now} AS now FROM rate_limit WHERE key = $1", allowance.key)
+    if row is None:  # The account was erased at this moment.
         return
     wait = db.as_datetime(row["whole_at"]) - db.as_datetime(row["now"]) - timedelta(milliseconds=allowance.slack)
     seconds = max(1, ceil(wait.total_seconds()))
@@ -148,8 +158,9 @@ async def _give_back(allowance: _Allowance) -> None:
 
 
 async def forget_account(account_id: UUID) -> None:
-    """Remove an account's allowance, within the transaction that erases its data."""
-    await db.execute("DELETE FROM rate_limit WHERE key IN ($1, $2)", *_account_keys(account_id))
+    """Remove an account's allowances, and those of its links, within the transaction that erases its data."""
+    key = _account_key(account_id)
+    await db.execute("DELETE FROM rate_limit WHERE key = $1 OR key LIKE $2", key, f"{key}:%")
 
 
 async def forget(*, limit: int = 1_000) -> int:

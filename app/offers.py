@@ -83,11 +83,11 @@ async def _answer(
     call: Call, offer_id: UUID | None, action: Action, idempotency_key: str | None
 ) -> tuple[OfferView, AccountView]:
     found = None if offer_id is None else await accounts.load_offer(offer_id)
-    await limiting.spend(call, found.account_id if found else None)
+    account_id = found.account_id if found else None
+    await limiting.admit(call, action, account_id, what="offer")
     async with db.transaction():
-        acting = await act_on(call, found.account_id if found else None, what="offer")
+        acting = await act_on(call, action, account_id, what="offer")
         assert found is not None
-        lifecycle.permit(action, acting.actor)
         await idempotency.once(
             call.identity,
             "acceptOffer" if action is Action.ACCEPT_OFFER else "declineOffer",

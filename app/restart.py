@@ -15,10 +15,9 @@ from app.models import Account, CancellationRequest, DeletionHold, DeletionRemin
 async def restart(call: Call, account_id: UUID | None, *, idempotency_key: str | None = None) -> AccountView:
     """Bring a canceled account back: ACTIVE, without a deletion date or a hold, its members as they were. The
     cancellation, its feedback and its history stay. Refuses with `RestartWindowClosed` when the window has ended."""
-    await limiting.spend(call, account_id)
+    await limiting.admit(call, Action.RESTART_ACCOUNT, account_id)
     async with db.transaction():
-        acting = await act_on(call, account_id)
-        lifecycle.permit(Action.RESTART_ACCOUNT, acting.actor)
+        acting = await act_on(call, Action.RESTART_ACCOUNT, account_id)
         await idempotency.once(
             call.identity,
             "restartAccount",
@@ -81,9 +80,10 @@ async def request_restart(call: Call, *, note: str | None = None) -> AccountView
     Repeating it changes nothing: a cancellation has one restart request. The note has at most 2,000 characters.
     """
     grant = call.identity.grant
-    await limiting.spend(call, grant.account_id if grant else None)
+    account_id = grant.account_id if grant else None
+    await limiting.admit(call, Action.REQUEST_RESTART, account_id)
     async with db.transaction():
-        acting = await act_on(call, grant.account_id if grant else None)
+        acting = await act_on(call, Action.REQUEST_RESTART, account_id)
         lifecycle.check(Action.REQUEST_RESTART, acting.actor, acting.facts, acting.now)
         assert grant is not None
         note = (note or "").strip() or None

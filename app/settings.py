@@ -512,8 +512,8 @@ class Settings:
     )
     rate_limit_caller: int = field(
         metadata=_setting(
-            "How many of the mutations that change a cancellation one caller may send in a minute; 0: no limit. All "
-            "processes count together.",
+            "How many of the mutations that change a cancellation one caller, or whoever has one emailed link, may "
+            "send in a minute; 0: no limit. Only who may do it is counted; all processes count together.",
             default="60",
             example="30",
             parse=partial(_integer, least=0, most=100_000),
@@ -521,8 +521,8 @@ class Settings:
     )
     rate_limit_account: int = field(
         metadata=_setting(
-            "How many of them may be sent about one account in a minute, by all its members and staff together; 0: no "
-            "limit.",
+            "How many of them may be sent about one account in a minute by its members together, and as many by its "
+            "Customer Success Manager, by the billing team, and with its links of each kind; 0: no limit.",
             default="120",
             example="60",
             parse=partial(_integer, least=0, most=100_000),

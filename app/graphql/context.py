@@ -1,6 +1,6 @@
 """What resolvers see as `info.context`: the call, and loaders: nested lists cost a constant number of queries."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any, TypeVar
@@ -34,9 +34,11 @@ class Context:
         return self.call.policy
 
     @property
-    def caller(self) -> tuple[str, str]:
-        """Whose token it is, before anything else is known of them."""
-        return self.call.identity.issuer, self.call.identity.subject
+    def caller(self) -> Hashable:
+        """Whose token it is, before anything else is known of them: a person's, or, apart from them, an emailed
+        link's, which others may have."""
+        identity = self.call.identity
+        return identity.grant or (identity.issuer, identity.subject)
 
     @property
     def lifetime(self) -> timedelta:

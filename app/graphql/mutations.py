@@ -802,7 +802,8 @@ class Mutation:
         view = await breaker.approve(
             info.context.call, count=input.count, note=input.note, idempotency_key=input.idempotency_key
         )
-        return ApproveDeletionsSuccess(breaker=DeletionBreaker.of(view))
+        caller = await auth.require_staff(info.context.call)
+        return ApproveDeletionsSuccess(breaker=DeletionBreaker.of(view, Perspective.of(caller, info.context.policy)))
 
     @root(
         Access.STAFF,

@@ -317,8 +317,8 @@ class Query:
 
     @root(Access.STAFF, "Whether deletions may begin, or have stopped because too many fell due.")
     async def deletion_breaker(self, info: Info) -> DeletionBreaker | None:
-        await auth.require_staff(info.context.call)
-        return DeletionBreaker.of(await breaker.read(info.context.policy, exact=True))
+        caller, policy = await auth.require_staff(info.context.call), info.context.policy
+        return DeletionBreaker.of(await breaker.read(policy, exact=True), Perspective.of(caller, policy))
 
     @root(Access.STAFF, "What else than the breaker stops all deletions, oldest first: an operator, or a restore.")
     async def deletion_halts(self, info: Info) -> list[DeletionHalt] | None:

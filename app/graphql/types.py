@@ -7,6 +7,8 @@ is somewhere else. What only the billing permission shows refuses others with FO
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import wraps
+from inspect import iscoroutinefunction
 from typing import Annotated, Any, Final, Generic, TypeVar
 from uuid import UUID
 
@@ -50,6 +52,29 @@ def describe(text: str) -> Any:
 EPOCH: Final = (
     "Grows with each cancellation that takes effect and each restart, and by a million where the database was restored."
 )
+
+
+def for_staff(description: str) -> Callable[[Callable[..., Any]], Any]:
+    """A field of what staff wrote for staff, or of who did. It is null for everybody else, by whatever path they came
+    to its object: the object's `_eye` decides, and nobody on the way has to think of it."""
+
+    def declare(resolver: Callable[..., Any]) -> Any:
+        if iscoroutinefunction(resolver):
+
+            @wraps(resolver)
+            async def guarded(self: Any, *args: Any, **given: Any) -> Any:
+                return await resolver(self, *args, **given) if self._eye.is_staff else None
+
+        else:
+
+            @wraps(resolver)
+            def guarded(self: Any, *args: Any, **given: Any) -> Any:
+                return resolver(self, *args, **given) if self._eye.is_staff else None
+
+        return strawberry.field(resolver=guarded, description=f"{description} For staff; null for everybody else.")
+
+    return declare
+
 
 First = Annotated[int | None, strawberry.argument(description="How many: 1 to 100, 20 when left out.")]
 After = Annotated[
@@ -274,6 +299,14 @@ class Perspective:
         seen = self.caller.account
         return self if seen is not None and seen.id == account.id else self.on(self.caller, self.policy, account)
 
+    @property
+    def is_staff(self) -> bool:
+        return self.caller.is_staff
+
+    def require_staff(self) -> None:
+        if not self.is_staff:
+            raise errors.Forbidden("This is for staff.")
+
     def require_billing(self) -> None:
         if not self.sees_billing:
             raise errors.Forbidden(
@@ -332,11 +365,11 @@ class CancellationRequest(Node):
         asked = self._view.assistance_requested_at
         return asked and asked + self._eye.policy.assistance_response
 
-    @strawberry.field(description="Why staff opened it. For staff; null for members.")
+    @for_staff("Why staff opened it.")
     def staff_note(self) -> str | None:
-        return self._view.staff_note if self._eye.actor.kind is ActorKind.STAFF else None
+        return self._view.staff_note
 
-    @strawberry.field(description="Who asked.")
+    @strawberry.field(description="Who asked. Staff who opened it are named to members, as the email to them does.")
     async def requested_by(self, info: Info) -> ActorRef:
         if not self._eye.sees_billing:
             return ActorRef.of(self._view.requested_by_kind, None)
@@ -390,26 +423,27 @@ class Transition:
 @strawberry.type(description="A deletion that was suspended.")
 class DeletionHold:
     _view: strawberry.Private[deletion.HoldView]
+    _eye: strawberry.Private[Perspective]
     held_at: datetime = describe("Since when.")
-    note: str | None = describe("Why; null once the account's data is deleted.")
     released_at: datetime | None = describe("When it ended; null while it lasts.")
-    release_note: str | None = describe("Why it ended; null when a restart ended it, and once the data is deleted.")
 
     @staticmethod
-    def of(view: deletion.HoldView) -> "DeletionHold":
-        return DeletionHold(
-            _view=view,
-            held_at=view.held_at,
-            note=view.note,
-            released_at=view.released_at,
-            release_note=view.release_note,
-        )
+    def of(view: deletion.HoldView, eye: Perspective) -> "DeletionHold":
+        return DeletionHold(_view=view, _eye=eye, held_at=view.held_at, released_at=view.released_at)
 
-    @strawberry.field(description="Who put it on hold.")
-    async def held_by(self, info: Info) -> ActorRef:
+    @for_staff("Why; null once the account's data is deleted.")
+    def note(self) -> str | None:
+        return self._view.note
+
+    @for_staff("Why it ended; null when a restart ended it, and once the data is deleted.")
+    def release_note(self) -> str | None:
+        return self._view.release_note
+
+    @for_staff("Who put it on hold.")
+    async def held_by(self, info: Info) -> ActorRef | None:
         return ActorRef.of(ActorKind.STAFF, await info.context.people.load(self._view.held_by_id))
 
-    @strawberry.field(description="Who released it; null while it lasts, and when a restart ended it.")
+    @for_staff("Who released it; null while it lasts, and when a restart ended it.")
     async def released_by(self, info: Info) -> ActorRef | None:
         if self._view.released_by_id is None:
             return None
@@ -425,11 +459,27 @@ class DeletionReminder:
 
 @strawberry.type(description="The part of a deletion that one data system does.")
 class DeletionStep:
+    _view: strawberry.Private[deletion.StepView]
+    _eye: strawberry.Private[Perspective]
     system: str = describe("The system; `sunset` is this one.")
     attempts: int = describe("How many tries have failed.")
-    last_error: str | None = describe("Why the last one failed, or what it waits for.")
     due_at: datetime = describe("When the next try may begin.")
     completed_at: datetime | None = describe("When it was done; null until then.")
+
+    @staticmethod
+    def of(view: deletion.StepView, eye: Perspective) -> "DeletionStep":
+        return DeletionStep(
+            _view=view,
+            _eye=eye,
+            system=view.system,
+            attempts=view.attempts,
+            due_at=view.due_at,
+            completed_at=view.completed_at,
+        )
+
+    @for_staff("Why the last one failed, or what it waits for.")
+    def last_error(self) -> str | None:
+        return self._view.last_error
 
 
 @strawberry.type(description="What remains of a deleted account, without personal data.")
@@ -450,6 +500,7 @@ class Tombstone:
 @strawberry.type(description="The deletion of a canceled account's data: what is coming, what has begun, what remains.")
 class Deletion:
     _id: strawberry.Private[UUID]
+    _eye: strawberry.Private[Perspective]
     state: deletion.State = describe("Where it is.")
     scheduled_for: datetime | None = describe("When it begins; null while held.")
     held_at: datetime | None = describe("Since when it is on hold.")
@@ -457,12 +508,13 @@ class Deletion:
     deleted_at: datetime | None = describe("When the data was gone.")
 
     @staticmethod
-    def of(view: AccountView, now: datetime) -> "Deletion | None":
-        state = deletion.state(view, now)
+    def of(view: AccountView, eye: Perspective) -> "Deletion | None":
+        state = deletion.state(view, eye.now)
         if state is None:
             return None
         return Deletion(
             _id=view.id,
+            _eye=eye,
             state=state,
             scheduled_for=view.deletion_scheduled_for,
             held_at=view.deletion_held_at,
@@ -472,7 +524,7 @@ class Deletion:
 
     @strawberry.field(description="Its holds, oldest first; the last one may be open.")
     async def holds(self, info: Info) -> list[DeletionHold]:
-        return [DeletionHold.of(view) for view in (await info.context.deletions.load(self._id)).holds]
+        return [DeletionHold.of(view, self._eye) for view in (await info.context.deletions.load(self._id)).holds]
 
     @strawberry.field(description="The reminders that were sent, oldest first.")
     async def reminders(self, info: Info) -> list[DeletionReminder]:
@@ -483,16 +535,7 @@ class Deletion:
 
     @strawberry.field(description="Its steps, one for each data system; none before it has begun.")
     async def steps(self, info: Info) -> list[DeletionStep]:
-        return [
-            DeletionStep(
-                system=one.system,
-                attempts=one.attempts,
-                last_error=one.last_error,
-                due_at=one.due_at,
-                completed_at=one.completed_at,
-            )
-            for one in (await info.context.deletions.load(self._id)).steps
-        ]
+        return [DeletionStep.of(view, self._eye) for view in (await info.context.deletions.load(self._id)).steps]
 
     @strawberry.field(description="What remains when it is done; null until then.")
     async def tombstone(self, info: Info) -> Tombstone | None:
@@ -516,7 +559,9 @@ class DeletionBreaker:
     approved_until: datetime | None = describe("How long an approval still holds.")
 
     @staticmethod
-    def of(view: breaker.BreakerView) -> "DeletionBreaker":
+    def of(view: breaker.BreakerView, eye: Perspective) -> "DeletionBreaker":
+        """For staff. Raises `Forbidden` for everybody else."""
+        eye.require_staff()
         return DeletionBreaker(
             _view=view,
             state=view.state,
@@ -640,7 +685,7 @@ class Account(Node):
     )
     def deletion(self) -> Deletion | None:
         self._eye.require_billing()
-        return Deletion.of(self._view, self._eye.now)
+        return Deletion.of(self._view, self._eye)
 
     @strawberry.field(
         description="Which of the policy's systems have obeyed the cancellation that stands, by code; empty while "
@@ -731,6 +776,8 @@ class Delivery:
 
     @staticmethod
     def of(view: outbox.MessageView, eye: Perspective) -> "Delivery":
+        """For staff. Raises `Forbidden` for everybody else."""
+        eye.require_staff()
         known = view.recipient_address != ""
         settled = view.delivered_at or view.dead_at or view.dropped_at
         return Delivery(

@@ -31,7 +31,9 @@ from tests.enforcing import MAILER, acknowledge, obeyed
 MIGRATIONS = "tortoise_migrations"
 """The record of those that ran."""
 
-THE_COMPANYS = {"staff", "service", "deletion_breaker", "clock_offset", "webhook_endpoint"}
+THE_COMPANYS = {
+    *("staff", "service", "deletion_breaker", "deletion_halt", "clock_offset", "installation", "webhook_endpoint")
+}
 """Tables about nobody's account. What the billing team writes to approve deletions is about their number."""
 
 CODES = {

@@ -4,20 +4,20 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, cast
 
 import httpx2
 import pytest
 from graphql import GraphQLEnumType, GraphQLInputObjectType, GraphQLNonNull, get_named_type, get_nullable_type
 
-from app import cancellation, db, errors, limiting, main
+from app import cancellation, db, errors, feedback, limiting, main
 from app.auth import Call
 from app.graphql.schema import SCHEMA
-from app.lifecycle import LinkPurpose
+from app.lifecycle import FeedbackReason, LinkPurpose, Relation
 from app.messages import LinkGrant
 from app.models import RateLimit
-from tests.cast import ALICE, BILLING, BOB, CAROL, GINA, HOST, SUPPORT, Stage, subject
+from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, FINANCE, GINA, HOST, SUPPORT, Stage, subject
 
 MINUTE = timedelta(minutes=1)
 UNLIMITED_MUTATIONS = {"syncAccounts", "acknowledgeEnforcement", "advanceClock"}
@@ -50,6 +50,11 @@ async def attempt(call: Call, reference: str = "acme", *, house: Stage) -> str:
     raise AssertionError("there is nothing to withdraw")
 
 
+def what(answer: dict[str, Any]) -> str:
+    """The name of what a mutation was answered with."""
+    return str(answer.get("__typename") or answer["extensions"]["code"])
+
+
 async def attempts(count: int, who: str, reference: str = "acme", *, house: Stage) -> list[str]:
     call = await house.call(who)
     return [await attempt(call, reference, house=house) for _ in range(count)]
@@ -57,7 +62,7 @@ async def attempts(count: int, who: str, reference: str = "acme", *, house: Stag
 
 async def is_let_through(call: Call) -> bool:
     try:
-        await limiting.spend(call, None)
+        await limiting.spend(call)
     except errors.RateLimited:
         return False
     return True
@@ -86,14 +91,14 @@ async def test_a_refused_attempt_uses_nothing_and_says_how_long_to_wait(house: S
     waits = []
     for _ in range(5):
         with pytest.raises(errors.RateLimited) as refused:
-            await limiting.spend(await house.call(ALICE), None)
+            await limiting.spend(await house.call(ALICE))
         assert refused.value.extensions == {"code": "RATE_LIMITED", "retryAfter": refused.value.retry_after}
         assert f"{refused.value.retry_after} second" in refused.value.message
         waits.append(refused.value.retry_after)
     assert await RateLimit.all().values("key", "whole_at") == before
     assert 0 < min(waits) <= max(waits) <= 60
     await pass_by(timedelta(seconds=max(waits)))
-    await limiting.spend(await house.call(ALICE), None)
+    await limiting.spend(await house.call(ALICE))
 
 
 @pytest.mark.parametrize("per_minute", [1, 7, 59, 61, 997])
@@ -118,7 +123,7 @@ async def test_of_many_at_the_same_time_exactly_the_allowance_gets_through(house
     house.installation = replace(house.installation, rate_limit_caller=5, rate_limit_account=0)
     call = await house.call(ALICE)
     began = await db.database_now()
-    outcomes = await asyncio.gather(*(limiting.spend(call, None) for _ in range(200)), return_exceptions=True)
+    outcomes = await asyncio.gather(*(limiting.spend(call) for _ in range(200)), return_exceptions=True)
     passed = await db.database_now() - began
     through = sum(one is None for one in outcomes)
     assert {type(one) for one in outcomes} == {type(None), errors.RateLimited}
@@ -131,7 +136,8 @@ async def test_of_many_people_at_the_same_time_exactly_the_accounts_allowance_ge
     account_id, people = await house.account_key("acme"), [await house.call(who) for who in (ALICE, CAROL)]
     began = await db.database_now()
     outcomes = await asyncio.gather(
-        *(limiting.spend(people[number % 2], account_id) for number in range(60)), return_exceptions=True
+        *(limiting.spend(people[number % 2], account_id, Relation.BILLING_MEMBER) for number in range(60)),
+        return_exceptions=True,
     )
     now = await db.database_now()
     through = sum(one is None for one in outcomes)
@@ -192,14 +198,55 @@ async def test_a_member_without_a_say_uses_up_nothing_of_the_accounts(house: Sta
 
 
 async def test_members_cannot_lock_the_billing_team_out(house: Stage) -> None:
-    """Nor former ones, whose tokens live on: staff has an allowance of its own for each account."""
+    """Nor former ones, whose tokens live on."""
     house.installation = replace(house.installation, rate_limit_account=2)
+    assert await attempts(3, ALICE, house=house) == ["AccountStateRefused", "AccountStateRefused", "RateLimited"]
     done = await house.cancel()
-    assert await attempts(3, ALICE, house=house) == ["AccessRemoved", "AccessRemoved", "RateLimited"]
+    assert await attempts(3, ALICE, house=house) == ["AccessRemoved"] * 3
     restarted = await house.do(BILLING, "restartAccount", accountId=done["account"]["id"])
     assert restarted["__typename"] == "RestartAccountSuccess"
-    assert await attempts(3, SUPPORT, house=house) == ["PermissionDenied", "PermissionDenied", "RateLimited"]
-    assert await attempts(1, BILLING, house=house) == ["RateLimited"]
+
+
+async def test_who_may_not_hold_a_deletion_cannot_lock_the_billing_team_out(house: Stage) -> None:
+    """SUPPORT may do nothing, and what Customer Success Managers may is counted for them alone."""
+    done = await house.cancel()
+    async with service(house, account=2) as limited:
+        for who, withdrawn in ((SUPPORT, "PermissionDeniedError"), (CSM, "AccountStateError")):
+            for given in (1, 2, 3):
+                held = await limited.do(who, "holdDeletion", accountId=done["account"]["id"], note="Mine.")
+                assert held["__typename"] == "PermissionDeniedError"
+                tried = await limited.do(who, "withdrawCancellation", accountId=done["account"]["id"])
+                limited_now = who == CSM and given == 3
+                assert what(tried) == ("RATE_LIMITED" if limited_now else withdrawn)
+        held = await limited.do(BILLING, "holdDeletion", accountId=done["account"]["id"], note="They called.")
+    assert held["__typename"] == "HoldDeletionSuccess"
+
+
+async def test_what_one_of_the_staff_may_do_is_counted_for_those_who_may_by_the_same_right(house: Stage) -> None:
+    house.installation = replace(house.installation, rate_limit_account=1)
+    await house.request_cancellation(ALICE)
+    account_id = await house.account_key("acme")
+
+    async def tried(who: str) -> str:
+        try:
+            await cancellation.cancel(await house.call(who), account_id, note="They called.")
+        except (errors.Refusal, errors.RateLimited) as refusal:
+            return type(refusal).__name__
+        return "done"
+
+    assert [await tried(who) for who in (CSM, CSM, BILLING, FINANCE, ALICE, CAROL)] == [
+        "CancellationAlreadyRequested",
+        "RateLimited",
+        "CancellationAlreadyRequested",
+        "RateLimited",
+        "InvalidInput",  # members give no note
+        "RateLimited",
+    ]
+    assert sorted(row.key for row in await RateLimit.all()) == [
+        f"account:{account_id}",
+        f"account:{account_id}:ACCOUNT_CSM",
+        f"account:{account_id}:BILLING_TEAM",
+    ]
 
 
 @pytest.mark.parametrize("stranger", [GINA, HOST, "nobody@acme.example", SUPPORT])
@@ -216,42 +263,102 @@ async def test_a_stranger_who_knows_the_id_can_neither_use_an_allowance_nor_see_
     assert set(first) <= {"NotFound", "Forbidden"}
 
 
-async def test_ids_of_nothing_count_for_who_sends_them_alone(house: Stage) -> None:
+async def test_ids_of_nothing_count_for_nobody(house: Stage) -> None:
     """Staff may ask about any account; an id that is none leaves nothing behind."""
     house.installation = replace(house.installation, rate_limit_account=5, rate_limit_caller=2)
-    call = await house.call(SUPPORT)
-    for _ in range(2):
+    call = await house.call(CSM)
+    for account_id in (db.uuid7(), None) * 3:
         with pytest.raises(errors.NotFound):
-            await cancellation.withdraw(call, db.uuid7())
-    with pytest.raises(errors.RateLimited):
-        await cancellation.withdraw(call, db.uuid7())
-    assert [row.key for row in await RateLimit.all()] == [
-        limiting.caller_key(call.identity.issuer, call.identity.subject)
-    ]
+            await cancellation.withdraw(call, account_id)
+    assert await RateLimit.all().count() == 0
+    assert await attempts(3, CSM, house=house) == ["AccountStateRefused", "AccountStateRefused", "RateLimited"]
 
 
-async def by_link(house: Stage, who: str, reference: str) -> Call:
-    """The call of the bearer of a link that would confirm a cancellation of the account."""
-    now = await db.database_now()
+async def link(
+    house: Stage,
+    who: str,
+    reference: str = "acme",
+    purpose: LinkPurpose = LinkPurpose.CONFIRM,
+    *,
+    generation: int = 0,
+    expires_in: timedelta = timedelta(days=1),
+) -> str:
+    """The token of a link about the newest request to cancel the account."""
+    account_id, now = await house.account_key(reference), await db.database_now()
+    row = await db.fetch_one(
+        "SELECT id FROM cancellation_request WHERE account_id = $1 ORDER BY id DESC LIMIT 1", account_id
+    )
     grant = LinkGrant(
-        purpose=LinkPurpose.CONFIRM,
+        purpose=purpose,
         issuer=house.installation.member_issuer,
         subject=subject(who),
-        account_id=await house.account_key(reference),
-        request_id=db.uuid7(),
+        account_id=account_id,
+        request_id=db.as_uuid(row["id"]) if row else db.uuid7(),
+        generation=generation,
     )
-    tokens = house.installation.tokens
-    token = tokens.mint_link(grant, issued_at=now, expires_at=now + timedelta(days=1))
-    return Call(identity=await tokens.verify(token), installation=house.installation)
+    return house.installation.tokens.mint_link(grant, issued_at=now - timedelta(days=2), expires_at=now + expires_in)
 
 
-async def test_the_bearer_of_a_link_uses_the_persons_allowance_and_the_accounts(house: Stage) -> None:
-    house.installation = replace(house.installation, rate_limit_caller=2, rate_limit_account=3)
-    link = await by_link(house, ALICE, "acme")
-    assert await attempt(link, house=house) == "PermissionDenied"
-    assert await attempts(1, ALICE, house=house) == ["AccountStateRefused"]
-    assert await attempt(link, house=house) == "RateLimited"  # by Alice
-    assert await attempts(2, CAROL, house=house) == ["AccountStateRefused", "RateLimited"]  # the account's fourth
+async def by_link(house: Stage, who: str, reference: str = "acme", **more: Any) -> Call:
+    """The call of whoever has such a link."""
+    identity = await house.installation.tokens.verify(await link(house, who, reference, **more))
+    return Call(identity=identity, installation=house.installation)
+
+
+async def say(call: Call) -> str:
+    """What came of saying why; with a comment that is too long, so that it is refused and counted all the same."""
+    assert call.identity.grant is not None
+    request_id = call.identity.grant.request_id
+    try:
+        await feedback.submit(call, request_id, reason=FeedbackReason.OTHER, comment="x" * 5_001)
+    except (errors.Refusal, errors.RequestError) as refusal:
+        return type(refusal).__name__
+    raise AssertionError("the comment is too long")
+
+
+async def test_a_link_has_an_allowance_of_its_own_and_uses_nothing_of_the_persons(house: Stage) -> None:
+    house.installation = replace(house.installation, rate_limit_caller=2)
+    await house.request_cancellation(ALICE)
+    links = [await by_link(house, ALICE, purpose=LinkPurpose.FEEDBACK, generation=number) for number in range(3)]
+    for one in links:
+        assert [await say(one) for _ in range(3)] == ["InvalidInput", "InvalidInput", "RateLimited"]
+    again = await by_link(house, ALICE, purpose=LinkPurpose.FEEDBACK, expires_in=timedelta(days=2))
+    assert await say(again) == "RateLimited", "an email of another day with the same link"
+    assert await say(await by_link(house, CAROL, purpose=LinkPurpose.FEEDBACK)) == "InvalidInput"
+    await cancellation.withdraw(await house.call(ALICE), await house.account_key("acme"))
+
+
+async def test_the_links_of_one_kind_share_an_allowance_which_is_nobody_elses(house: Stage) -> None:
+    """However many of them are in strangers' hands, members act, and the links for something else work."""
+    house.installation = replace(house.installation, rate_limit_account=3)
+    await house.request_cancellation(ALICE)
+    links = [await by_link(house, who, purpose=LinkPurpose.FEEDBACK) for who in (ALICE, CAROL)]
+    said = [await say(links[number % 2]) for number in range(6)]
+    assert said == ["InvalidInput"] * 3 + ["RateLimited"] * 3
+    confirming = await by_link(house, ALICE)
+    assert confirming.identity.grant is not None
+    with pytest.raises(errors.AccountNameMismatch):
+        await cancellation.confirm(
+            confirming, confirming.identity.grant.request_id, confirmation_token=None, account_name="Another"
+        )
+    await cancellation.withdraw(await house.call(CAROL), await house.account_key("acme"))
+
+
+async def test_an_expired_link_uses_up_nobodys_allowance(house: Stage) -> None:
+    """Ten times in one document, and then the person comes."""
+    asked = await house.request_cancellation(ALICE)
+    expired = await link(house, ALICE, purpose=LinkPurpose.FEEDBACK, expires_in=-timedelta(seconds=1))
+    feedback_ = f'submitFeedback(input: {{requestId: "{asked["request"]["id"]}", reason: OTHER}}) {{ __typename }}'
+    document = " ".join(f"a{number}: {feedback_}" for number in range(10))
+    async with service(house, caller=10, account=10) as limited:
+        for _ in range(2):
+            answer = (await limited.post(f"mutation {{ {document} }}", token=expired)).json()
+            assert {error["extensions"]["code"] for error in answer["errors"]} == {"UNAUTHENTICATED"}
+            page = await limited.client.post("/links/feedback", data={"token": expired, "reason": "OTHER"})
+            assert page.status_code == 401
+        assert await RateLimit.all().count() == 0
+        withdrawn = await limited.do(ALICE, "withdrawCancellation", accountId=await house.account_id("acme"))
+    assert withdrawn["__typename"] == "WithdrawCancellationSuccess"
 
 
 async def test_a_link_to_another_account_or_of_who_has_left_uses_no_accounts_allowance(house: Stage) -> None:
@@ -263,6 +370,21 @@ async def test_a_link_to_another_account_or_of_who_has_left_uses_no_accounts_all
         assert await attempt(foreign, "globex", house=house) == "NotFound"
         assert await attempt(former, "acme", house=house) in {"NotFound", "Forbidden"}
     assert await RateLimit.all().count() == 0
+
+
+async def test_what_is_kept_of_an_accounts_attempts_goes_with_its_data(house: Stage) -> None:
+    """Its links' among it; the neighbors' and people's own stay."""
+    house.installation = replace(house.installation, rate_limit_account=5, rate_limit_caller=5)
+    for who, reference in ((ALICE, "acme"), (GINA, "globex")):
+        await attempts(1, who, reference, house=house)
+        await attempts(1, CSM, reference, house=house)
+        await house.request_cancellation(who, reference)
+        await say(await by_link(house, who, reference, purpose=LinkPurpose.FEEDBACK))
+    acme, globex = await house.account_key("acme"), await house.account_key("globex")
+    keys = [row.key for row in await RateLimit.all()]
+    assert [sum(str(one) in key for key in keys) for one in (acme, globex)] == [4, 4]
+    await limiting.forget_account(acme)
+    assert {row.key for row in await RateLimit.all()} == {key for key in keys if str(acme) not in key}
 
 
 async def test_the_development_clock_gives_no_attempts_back(house: Stage) -> None:
@@ -284,7 +406,7 @@ async def test_what_is_stored_tells_nobodys_name(house: Stage) -> None:
 
 async def test_allowances_that_are_whole_are_forgotten_and_no_others(house: Stage) -> None:
     house.installation = replace(house.installation, rate_limit_caller=1)
-    for who in (ALICE, CAROL, BILLING):
+    for who in (ALICE, CAROL, CSM):
         await attempts(1, who, house=house)
     await pass_by(2 * MINUTE)
     await attempts(1, GINA, "globex", house=house)
@@ -312,17 +434,41 @@ def mutations() -> dict[str, Any]:
     return {name: field.args["input"].type for name, field in kind.fields.items()}
 
 
+WHO_MAY = {
+    "cancelAccount": ALICE,
+    "submitFeedback": ALICE,
+    "acceptOffer": ALICE,
+    "declineOffer": ALICE,
+    "withdrawCancellation": ALICE,
+    "confirmCancellation": ALICE,
+    "restartAccount": BILLING,
+    "holdDeletion": BILLING,
+    "releaseDeletion": BILLING,
+}
+"""Everybody else is refused first, and not counted. What is not about an account is the billing team's; to ask for a
+restart takes a link."""
+
+
 @pytest.mark.parametrize("mutation", sorted(mutations().keys() - UNLIMITED_MUTATIONS))
 async def test_every_mutation_about_a_cancellation_is_limited(house: Stage, mutation: str) -> None:
     """A new mutation is limited, or says above why not."""
+    asked = await house.request_cancellation(ALICE)
+    named = {
+        "accountId": await house.account_id("acme"),
+        "requestId": asked["request"]["id"],
+        "offerId": asked["request"]["offers"][0]["id"],
+    }
     kind = mutations()[mutation]
     document = f"mutation($input: {kind}) {{ {mutation}(input: $input) {{ __typename }} }}"
+    given = value(kind)
+    given |= {name: id_ for name, id_ in named.items() if name in given}
+    token = house.token(WHO_MAY.get(mutation, BILLING))
+    if mutation == "requestRestart":
+        token = await link(house, ALICE, purpose=LinkPurpose.RESTART)
     async with service(house, caller=1) as limited:
-        first, second = [
-            await limited.post(document, {"input": value(kind)}, token=house.token(ALICE)) for _ in range(2)
-        ]
+        first, second = [await limited.post(document, {"input": given}, token=token) for _ in range(2)]
     assert first.status_code == 200
-    assert "RATE_LIMITED" not in first.text
+    assert "errors" not in first.json()
     assert (second.status_code, second.json()["errors"][0]["extensions"]["code"]) == (429, "RATE_LIMITED")
 
 
@@ -365,19 +511,9 @@ async def test_each_alias_counts_and_what_was_done_before_the_limit_is_told(hous
 
 
 async def test_the_pages_behind_links_are_limited_too(house: Stage) -> None:
-    now: datetime = await db.database_now()
     async with service(house, caller=1) as limited:
         await house.cancel()
-        account_id = await house.account_key("acme")
-        [request] = await db.fetch("SELECT id FROM cancellation_request WHERE account_id = $1", account_id)
-        grant = LinkGrant(
-            purpose=LinkPurpose.FEEDBACK,
-            issuer=house.installation.member_issuer,
-            subject=subject(ALICE),
-            account_id=account_id,
-            request_id=db.as_uuid(request["id"]),
-        )
-        token = house.installation.tokens.mint_link(grant, issued_at=now, expires_at=now + timedelta(days=1))
+        token = await link(house, ALICE, purpose=LinkPurpose.FEEDBACK)
         form = {"token": token, "reason": "TOO_EXPENSIVE", "comment": ""}
         first, second = [await limited.client.post("/links/feedback", data=form) for _ in range(2)]
         page = await limited.client.get("/links/feedback", params={"token": token})

@@ -8,7 +8,7 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from app.graphql.nodes import Kind
 from app.graphql.schema import printed
 from app.lifecycle import LinkPurpose, MemberRole, Permission, Scope, StaffRole
 from app.messages import LinkGrant
-from app.models import Account, CancellationRequest, Member, Offer, Staff
+from app.models import Account, CancellationRequest, Member, Offer, RateLimit, Staff
 from app.tokens import DEVELOPMENT_ISSUER
 from tests import cast, enforcing
+from tests.actions.test_limiting import UNLIMITED_MUTATIONS, service
 from tests.cast import ALICE, BILLING, BOB, CAROL, CSM, GATEKEEPER, GINA, HOST, SUPPORT, Stage
 from tests.enforcing import MAILER
 
@@ -401,6 +402,9 @@ WORDS = {
     "EnforcementNotAwaitedError": "unawaited",
 }
 
+MAY_NOT = {"unauthenticated", "forbidden", "removed", "missing", "denied"}
+"""What is answered to who may not do it at all, whatever state it is in."""
+
 SCHEMA = graphql.build_schema(printed())
 assert SCHEMA.query_type is not None
 assert SCHEMA.mutation_type is not None
@@ -645,7 +649,15 @@ def foreign_tokens(stage: Stage) -> dict[str, str | None]:
     }
 
 
-def link_token(stage: Stage, email: str, purpose: LinkPurpose, account_id: UUID, request_id: UUID) -> str:
+def link_token(
+    stage: Stage,
+    email: str,
+    purpose: LinkPurpose,
+    account_id: UUID,
+    request_id: UUID,
+    now: datetime | None = None,
+) -> str:
+    """`now` where the clock was moved."""
     grant = LinkGrant(
         purpose=purpose,
         issuer=DEVELOPMENT_ISSUER,
@@ -653,7 +665,7 @@ def link_token(stage: Stage, email: str, purpose: LinkPurpose, account_id: UUID,
         account_id=account_id,
         request_id=request_id,
     )
-    now = datetime.now(UTC)
+    now = now or datetime.now(UTC)
     return stage.installation.tokens.mint_link(grant, issued_at=now, expires_at=now + timedelta(days=60))
 
 
@@ -757,6 +769,27 @@ async def test_matrix(scene: Scene, state: str, tmp_path: Path) -> None:
                     if operation not in MUTATIONS or found != "ok":
                         wrong.append(f"{operation} by {caller} changed the database, and answered {found}")
                     watch.restore()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("state", ["PENDING", "CANCELED", "DELETED"], indirect=True)
+async def test_who_may_not_act_is_refused_in_the_same_words_before_anything_is_counted(
+    scene: Scene, state: str, tmp_path: Path
+) -> None:
+    wrong = []
+    async with service(scene.stage, caller=1_000, account=1_000) as limited:
+        scene = replace(scene, stage=limited)
+        with closing(Watch(tmp_path / "sunset.db")) as watch:
+            for operation in MUTATIONS.keys() - UNLIMITED_MUTATIONS:
+                for caller, expected in ROWS[operation].items():
+                    found = await scene.outcome(operation, caller)
+                    if found != expected[state]:
+                        wrong.append(f"{operation} by {caller}: {found} instead of {expected[state]}")
+                    counted = await RateLimit.all().count()
+                    if bool(counted) is (found in MAY_NOT) or (found in MAY_NOT and watch.changed()):
+                        wrong.append(f"{operation} by {caller}: {found}, and {counted} allowances were used")
+                    if watch.changed():
+                        watch.restore()
     assert wrong == []
 
 

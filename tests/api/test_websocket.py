@@ -28,6 +28,7 @@ from app.graphql import nodes, types, websocket
 from app.graphql.websocket import MAX_MESSAGE_BYTES, MAX_OPERATIONS, PROTOCOL
 from app.lifecycle import AccountStatus
 from tests import cast
+from tests.actions.test_limiting import link
 from tests.cast import ALICE, BILLING, BOB, CAROL, GATEKEEPER, GINA, HOST, SUPPORT, Stage
 from tests.ending import log_in_memory
 from tests.serving import Served, serving
@@ -638,6 +639,16 @@ async def test_one_caller_has_a_share_of_the_sockets(one_house: Stage) -> None:
         code, reason = await third.ended()
         assert (code, reason.partition(".")[0]) == (1008, "One caller has at most 2 open at a time")
         async with begun(served, one_house.token(BOB)):
+            pass
+
+
+async def test_who_has_a_persons_link_takes_none_of_the_persons_places(one_house: Stage) -> None:
+    """Links are forwarded, and read by scanners."""
+    given = await link(one_house, ALICE)
+    async with small(one_house, 200) as served, begun(served, given), begun(served, given), opened(served) as third:
+        await init(third, given)
+        assert (await third.ended())[0] == 1008
+        async with begun(served, one_house.token(ALICE)), begun(served, one_house.token(ALICE)):
             pass
 
 
