@@ -297,7 +297,8 @@ async def _live(_: Request) -> JSONResponse:
 
 
 async def _left(_: Request, __: Exception) -> Response:
-    """For the log alone: whoever sent half a body and hung up reads no answer, and it is no error of ours."""
+    """For the log alone: whoever sent half a body, and hung up or took too long, reads no answer of the application's,
+    and it is no error of ours."""
     return Response(status_code=499)
 
 

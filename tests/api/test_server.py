@@ -25,6 +25,7 @@ from app.server import Limits
 from tests import cast
 from tests.cast import ALICE, BILLING, GATEKEEPER, Stage
 from tests.ending import log_in_memory
+from tests.processes import Processes
 from tests.serving import Served, serving
 
 _PATIENCE = 60
@@ -75,8 +76,9 @@ class Answer:
 
 
 @asynccontextmanager
-async def connected(served: Served, host: str = "127.0.0.1", local: str | None = None) -> AsyncIterator[Client]:
-    reader, writer = await asyncio.open_connection(host, served.port, local_addr=local and (local, 0))
+async def connected(served: Served | int, local: str | None = None) -> AsyncIterator[Client]:
+    port = served if isinstance(served, int) else served.port
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=local and (local, 0))
     try:
         yield Client(reader, writer)
     finally:
@@ -119,11 +121,13 @@ async def counted(house: Stage, reason: str) -> float:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Within the block nothing is logged that somebody should look into."""
+def quiet() -> Iterator[list[dict[str, Any]]]:
+    """Within the block nothing is logged that somebody should look into. After it, the list is what was."""
+    lines: list[dict[str, Any]] = []
     with log_in_memory() as log:
-        yield
-    assert [line for line in log.getvalue().splitlines() if json.loads(line)["level"] not in {"debug", "info"}] == []
+        yield lines
+    lines += map(json.loads, log.getvalue().splitlines())
+    assert [line for line in lines if line["level"] not in {"debug", "info"}] == []
 
 
 class Echo:
@@ -410,12 +414,11 @@ async def test_a_body_that_nobody_reads_is_not_kept(house: Stage) -> None:
             await until(lambda: not served.server.server_state.tasks)
 
 
-@asynccontextmanager
-async def _passing(seconds: float) -> AsyncIterator[Callable[[], bool]]:
-    """Says whether so much time has passed."""
+def _passing(seconds: float) -> Callable[[], bool]:
+    """Says whether so much time has passed since."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
-    yield lambda: loop.time() >= end
+    return lambda: loop.time() >= end
 
 
 WATCH = "subscription W($ids: [ID!]!) { accountStatusChanged(accountIds: $ids) { sequence } }"
@@ -426,31 +429,33 @@ async def test_an_event_stream_outlives_the_times_for_heads_and_bodies(
 ) -> None:
     monkeypatch.setattr(http, "_KEEPALIVE_SECONDS", 0.01)
     body = json.dumps({"query": WATCH, "variables": {"ids": [await house.account_id("acme")]}}).encode()
-    async with limited(house, head_seconds=SOON, body_seconds=SOON, reading_seconds=SOON) as served:
-        async with connected(served) as client, _passing(5 * SOON) as passed:
-            client.say(_post(house, "/graphql"), b"Accept: text/event-stream\r\n")
-            client.say(b"Content-Length: %d\r\n\r\n" % len(body), body)
-            while not passed():
-                await client.reader.readuntil(b":\n\n")
-            await house.request_cancellation()
-            async with asyncio.timeout(_PATIENCE):
-                assert b'"sequence":1' in await client.reader.readuntil(b'"sequence":1')
+    async with (
+        limited(house, head_seconds=SOON, body_seconds=SOON, reading_seconds=SOON) as served,
+        connected(served) as client,
+        asyncio.timeout(_PATIENCE),
+    ):
+        client.say(_post(house, "/graphql"), b"Accept: text/event-stream\r\n")
+        client.say(b"Content-Length: %d\r\n\r\n" % len(body), body)
+        passed = _passing(5 * SOON)
+        while not passed():
+            await client.reader.readuntil(b":\n\n")
+        await house.request_cancellation()
+        await client.reader.readuntil(b'"sequence":1')
 
 
 async def test_a_websocket_outlives_the_times_for_heads_and_bodies(house: Stage) -> None:
-    async with limited(house, head_seconds=SOON, body_seconds=SOON, reading_seconds=SOON) as served:
-        protocols = [Subprotocol(PROTOCOL)]
-        async with connect(served.websocket, subprotocols=protocols, compression=None, proxy=None) as client:
-            await client.send(json.dumps({"type": "connection_init", "payload": {"Authorization": _bearer(house)}}))
-            async with _passing(5 * SOON) as passed, asyncio.timeout(_PATIENCE):
-                assert json.loads(await client.recv())["type"] == "connection_ack"
-                while not passed():
-                    await client.send('{"type":"ping"}')
-                    assert json.loads(await client.recv())["type"] == "pong"
-
-
-def _bearer(house: Stage) -> str:
-    return f"Bearer {house.token(ALICE)}"
+    begin = {"type": "connection_init", "payload": {"Authorization": f"Bearer {house.token(ALICE)}"}}
+    async with (
+        limited(house, head_seconds=SOON, body_seconds=SOON, reading_seconds=SOON) as served,
+        connect(served.websocket, subprotocols=[Subprotocol(PROTOCOL)], compression=None, proxy=None) as client,
+        asyncio.timeout(_PATIENCE),
+    ):
+        await client.send(json.dumps(begin))
+        assert json.loads(await client.recv())["type"] == "connection_ack"
+        passed = _passing(5 * SOON)
+        while not passed():
+            await client.send('{"type":"ping"}')
+            assert json.loads(await client.recv())["type"] == "pong"
 
 
 # --------------------------------------------------------------------------------------------- who hangs up, or is deaf
@@ -459,13 +464,18 @@ def _bearer(house: Stage) -> str:
 @pytest.mark.parametrize("path", READERS)
 @pytest.mark.parametrize("who", [BILLING, GATEKEEPER, None])
 async def test_who_hangs_up_within_a_body_is_no_error_of_ours(house: Stage, path: str, who: str | None) -> None:
-    with quiet():
+    with quiet() as lines:
         async with limited(house) as served:
             async with connected(served) as client:
                 client.say(_post(house, path, who), HALF_A_BODY)
                 await until(lambda: served.server.server_state.total_requests or served.server.server_state.tasks)
             await until(lambda: not served.server.server_state.connections)
             await until(lambda: not served.server.server_state.tasks)
+    told = [line["status"] for line in lines if line["event"] == "http.request"]
+    if path == "/gate/accounts":  # it is counted, not logged
+        assert told == []
+    else:
+        assert told == [401 if (path, who) == ("/graphql", None) else 499]
 
 
 async def test_who_hangs_up_within_the_answer_is_no_error_of_ours(house: Stage) -> None:
@@ -695,6 +705,30 @@ async def test_connections_without_an_address_are_not_limited(house: Stage, tmp_
             client.say(GET, b"\r\n")
             assert (await client.answer()).status == 200
             writer.transport.abort()
+
+
+async def test_the_processes_have_these_limits(sqlite_database: Database, tmp_path: Path) -> None:
+    """`sunset serve`, and `sunset worker` with a port for its probes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        probes = free.getsockname()[1]
+    settings = {"SUNSET_CONNECTIONS_PER_ADDRESS": "2", "SUNSET_WORKER_PORT": str(probes)}
+    with Processes(tmp_path, sqlite_database.url, **settings) as processes:
+        api, worker = processes.serve(), processes.worker()
+        await processes.ready(api, worker)
+        assert api.port is not None
+        for port in (api.port, probes):
+            async with connected(port) as client:
+                client.say(GET)
+                # The connection that has asked whether it is ready may still be counted: then the second is too many.
+                async with connected(port) as second, connected(port) as third:
+                    answers = {asyncio.create_task(one.answer()) for one in (second, third)}
+                    done, waiting = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+                    assert done.pop().result().status == 503
+                    for one in waiting:
+                        one.cancel()
+                client.say(b"a:b\r\n" * 100, b"\r\n")
+                assert (await client.answer()).status == 431
 
 
 # ------------------------------------------------------------------------------------------------------------ redirects

@@ -800,7 +800,7 @@ async def fetched(provider: Provider, times: int) -> None:
     async with asyncio.timeout(60):
         while provider.hits["/keys"] < times:  # noqa: ASYNC110  nobody tells
             await asyncio.sleep(0.01)
-        while any(task.get_name() == "identity provider keys" for task in asyncio.all_tasks()):
+        while any(task.get_name() == "identity provider keys" for task in asyncio.all_tasks()):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert provider.hits["/keys"] == times
 
