@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, cast
 
 import httptools
@@ -197,6 +198,8 @@ class _Http(_ReadOrLeave, HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._most_fields = self.config.limits.headers
+        self._most_bytes = self.config.limits.head_bytes
         self._part: Literal["", "head", "body"] = ""
         """Of a request, that is being received."""
         self._deadline: asyncio.TimerHandle | None = None
@@ -247,7 +250,7 @@ class _Http(_ReadOrLeave, HttpToolsProtocol):
 
     def _read(self, data: bytes) -> None:
         for begin in range(0, len(data), _PIECE_BYTES):
-            piece = data[begin : begin + _PIECE_BYTES]
+            piece = data[begin : begin + _PIECE_BYTES] if begin or len(data) > _PIECE_BYTES else data
             self._led_somewhere = False
             try:
                 self.parser.feed_data(piece)
@@ -262,7 +265,7 @@ class _Http(_ReadOrLeave, HttpToolsProtocol):
                     self._end(self._too_large)
                 return
             self._bytes_to_nowhere = 0 if self._led_somewhere else self._bytes_to_nowhere + len(piece)
-            if self._bytes_to_nowhere > self.config.limits.head_bytes:
+            if self._bytes_to_nowhere > self._most_bytes:
                 self._end("head_too_large")
                 return
 
@@ -274,7 +277,7 @@ class _Http(_ReadOrLeave, HttpToolsProtocol):
     # ----------------------------------------------------------------------------------------- what the parser tells
 
     def on_message_begin(self) -> None:
-        if self._is_answering():
+        if self._is_answering() and not _is_whole(self.cycle):
             self.cycle.keep_alive = False
             self._is_over = True
             self._drop_deadline()
@@ -286,23 +289,20 @@ class _Http(_ReadOrLeave, HttpToolsProtocol):
         self._led_somewhere = True
 
     def on_url(self, url: bytes) -> None:
-        self._grow(len(url), "url_too_long")
+        self._size += len(url)
+        if self._size > self._most_bytes:
+            self._too_large = "url_too_long"
+            raise _NoFurther
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._fields += 1
-        if self._fields > self.config.limits.headers:
+        self._size += len(name) + len(value) + 4
+        if self._fields > self._most_fields or self._size > self._most_bytes:
             self._too_large = "head_too_large"
             raise _NoFurther
-        self._grow(len(name) + len(value) + 4, "head_too_large")
         if self._part == "head":  # a trailer is no header: whoever let the headers pass has not seen it
             super().on_header(name, value)
-
-    def _grow(self, size: int, too_large: _Reason) -> None:
-        self._size += size
-        if self._size > self.config.limits.head_bytes:
-            self._too_large = too_large
-            raise _NoFurther
 
     def on_headers_complete(self) -> None:
         if self.parser.get_method() == b"CONNECT":
@@ -354,18 +354,20 @@ class _Http(_ReadOrLeave, HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        async def answered(scope: Scope, receive: Receive, send: Send) -> None:
-            async def noted(message: Message) -> None:
-                if cycle.waiting_for_100_continue:  # refused unread: whether the body comes now, the client decides
-                    cycle.keep_alive = False
-                await send(message)
+        super()._start_asgi_task(cycle, partial(self._answer, cycle, app))
 
-            await app(scope, receive, noted if cycle.waiting_for_100_continue else send)
-            if cycle.response_started and not cycle.response_complete and not cycle.disconnected:
-                cycle.disconnected = True  # a stream that its client does not read: not to be logged as an error
-                self.transport.abort()
+    async def _answer(
+        self, cycle: RequestResponseCycle, app: ASGIApp, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        async def noted(message: Message) -> None:
+            if cycle.waiting_for_100_continue:  # refused unread: whether the body comes now, the client decides
+                cycle.keep_alive = False
+            await send(message)
 
-        super()._start_asgi_task(cycle, answered)  # type: ignore[arg-type]  # Starlette's types, not uvicorn's
+        await app(scope, receive, noted if cycle.waiting_for_100_continue else send)
+        if cycle.response_started and not cycle.response_complete and not cycle.disconnected:
+            cycle.disconnected = True  # a stream that its client does not read: not to be logged as an error
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -421,6 +423,11 @@ class _Http(_ReadOrLeave, HttpToolsProtocol):
             headers.append((b"retry-after", b"1"))
         lines = b"".join(b"%b: %b\r\n" % header for header in headers)
         self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], lines, body))
+
+
+def _is_whole(cycle: RequestResponseCycle) -> bool:
+    """Whether the client has all of the answer, by its length, though the application has not said that this is it."""
+    return cycle.response_started and cycle.chunked_encoding is False and not cycle.expected_content_length
 
 
 class _WebSocket(_ReadOrLeave, WebSocketsSansIOProtocol):

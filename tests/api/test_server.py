@@ -317,6 +317,27 @@ async def test_what_is_sent_ahead_is_neither_read_nor_kept(house: Stage, request
     assert echo.asked == 1
 
 
+async def test_an_answer_that_is_whole_to_the_client_may_be_followed_by_a_request(house: Stage) -> None:
+    """An application may say later that there is no more, as one that sends a file in pieces does."""
+
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok", "more_body": True})
+        await ends.wait()
+        await send({"type": "http.response.body"})
+
+    ends = asyncio.Event()
+    async with limited(house, app) as served, connected(served) as client:
+        client.say(GET, b"\r\n")
+        assert (await client.answer()).body == b"ok"
+        (connection,) = served.server.server_state.connections
+        assert isinstance(connection, httptools_impl.HttpToolsProtocol)
+        client.say(GET, b"\r\n")
+        await until(lambda: connection.pipeline)
+        ends.set()
+        assert (await client.answer()).body == b"ok"
+
+
 # --------------------------------------------------------------------------------------------------------------- times
 
 
