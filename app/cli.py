@@ -188,7 +188,7 @@ def serve(
     """
     from app import logs
     from app.main import create_app, installation
-    from app.server import Server
+    from app.server import Limits, Server
 
     settings = _settings(host=host, port=port)
     logs.configure(format=settings.log_format, level=settings.log_level)
@@ -205,6 +205,7 @@ def serve(
     server = Introduced(
         create_app(settings, shared),
         shared.changes,
+        limits=Limits(connections_per_address=settings.connections_per_address),
         host=settings.host,
         port=settings.port,
         loop="uvloop",
@@ -310,13 +311,13 @@ async def _work(settings: Settings) -> None:
 @asynccontextmanager
 async def _probed(settings: Settings, probes: "Starlette") -> AsyncIterator[None]:
     """Within the block the worker's probes are served, where they have a port. Raises `Refusal` when it is taken."""
-    import uvicorn
+    from app.server import Limits, Server
 
     if not settings.worker_port:
         yield
         return
 
-    class Server(uvicorn.Server):
+    class Probes(Server):
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield  # the worker is who is told to stop
@@ -327,17 +328,12 @@ async def _probed(settings: Settings, probes: "Starlette") -> AsyncIterator[None
     except OSError as error:
         raise errors.Refusal(f"SUNSET_WORKER_PORT: {settings.worker_port}: {error.strerror}") from None
     with listening:
-        server = Server(
-            uvicorn.Config(
-                probes,
-                http="httptools",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=settings.grace_seconds,
-            )
+        server = Probes(
+            probes,
+            None,
+            limits=Limits(connections_per_address=settings.connections_per_address),
+            lifespan="off",
+            timeout_graceful_shutdown=settings.grace_seconds,
         )
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         try:

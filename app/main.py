@@ -18,7 +18,7 @@ from uuid import uuid4
 import structlog
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
@@ -298,6 +298,21 @@ async def _live(_: Request) -> JSONResponse:
     return JSONResponse({"status": "live"})
 
 
+async def _left(_: Request, __: Exception) -> Response:
+    """For the log alone: whoever sent half a body, and hung up or took too long, reads no answer of the application's,
+    and it is no error of ours."""
+    return Response(status_code=499)
+
+
+def _application(routes: list[BaseRoute], service: _Service, **options: Any) -> Starlette:
+    app = Starlette(routes=routes, exception_handlers={ClientDisconnect: _left}, **options)
+    # Starlette would lead to an address made of the request's Host, over http, with the token that was in the query.
+    app.router.redirect_slashes = False
+    app.add_middleware(_Bound, service=service)
+    app.add_middleware(_Logged)
+    return app
+
+
 def create_app(settings: Settings, shared: Installation | None = None) -> Starlette:
     """The ASGI application for these settings. Opens nothing until its lifespan begins. `shared` is what
     `installation` makes of the settings, where the caller has made it already."""
@@ -329,9 +344,7 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
         routes += graphiql.routes()
     if settings.mailbox:
         routes += mailbox.routes(settings.data_dir / "mailbox")
-    app = Starlette(routes=routes, lifespan=service.lifespan)
-    app.add_middleware(_Bound, service=service)
-    app.add_middleware(_Logged)
+    app = _application(routes, service, lifespan=service.lifespan)
     app.add_middleware(_Traced)
     return app
 
@@ -340,7 +353,4 @@ def create_worker_app(settings: Settings, shared: Installation, database: Databa
     """What `sunset worker` serves while it runs on that database: the probes, and nothing else."""
     service = _Service(settings, shared)
     service.database = database
-    app = Starlette(routes=service.probes())
-    app.add_middleware(_Bound, service=service)
-    app.add_middleware(_Logged)
-    return app
+    return _application(service.probes(), service)

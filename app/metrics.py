@@ -63,6 +63,13 @@ _transitions = Counter("sunset_transitions", "Transitions committed, by type.", 
 _gate = Counter(
     "sunset_gate", "Calls of the gate, by answer: yes, no, refused, unavailable.", ["answer"], registry=REGISTRY
 )
+_connections_ended = Counter(
+    "sunset_connections_ended",
+    "Connections that the server ended by itself, by reason: `address` (too many from one), `silent`, `head_timeout`, "
+    "`body_timeout`, `head_too_large`, `url_too_long`, `malformed`, `unread` (the client reads no answer).",
+    ["reason"],
+    registry=REGISTRY,
+)
 _deliveries = Counter(
     "sunset_deliveries",
     "Deliveries tried, by template and result: delivered, failed (to be tried again), dead.",
@@ -126,6 +133,11 @@ def answered(results: Sequence[tuple[str, str]], refusals: Iterable[tuple[str, s
 def gate(answer: Literal["yes", "no", "refused", "unavailable"]) -> None:
     """The gate was asked; once for each account that was named."""
     _gate.labels(answer).inc()
+
+
+def connection_ended(reason: str) -> None:
+    """The server has ended a connection, because of what its client does or leaves undone."""
+    _connections_ended.labels(reason).inc()
 
 
 def transition(kind: str) -> None:

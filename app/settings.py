@@ -239,6 +239,11 @@ def _default_webhook_allow(values: Mapping[str, Any]) -> str:
     return "localhost,127.0.0.0/8,::1" if values["environment"] == "development" else ""
 
 
+def _default_connections_per_address(values: Mapping[str, Any]) -> str:
+    """All that a process has room for, behind a proxy that has one address: streams, and some requests beside them."""
+    return str((values["streams"] or 0) + 500)
+
+
 def _default_log_format(_: Mapping[str, Any]) -> str:
     return "text" if sys.stderr.isatty() else "json"
 
@@ -508,6 +513,16 @@ class Settings:
             default="20000",
             example="1000",
             parse=partial(_integer, least=1, most=1_000_000),
+        )
+    )
+    connections_per_address: int = field(
+        metadata=_setting(
+            "How many connections one process takes from one address (of IPv6: from one /64) at a time; more are "
+            "answered with 503 and closed. 0: no limit. A proxy is one address, for all its clients.",
+            default=_default_connections_per_address,
+            default_in_words="`SUNSET_STREAMS` + 500: as many as a proxy may need",
+            example="100",
+            parse=partial(_integer, least=0, most=1_000_000),
         )
     )
     rate_limit_caller: int = field(

@@ -175,8 +175,9 @@ class Tokens:
 
         Promises that an active issuer signed it for this service and that it is valid now; a link's `expires_at` is
         left to who reads the account, by whose clock it was set. Raises Unauthenticated with a message that tells the
-        reason and never the token; Unavailable when the provider's keys were never got.
-        A token that was verified is remembered until it expires (at most ten minutes); a refusal is never remembered.
+        reason and never the token; Unavailable when there are no keys of the provider's that count.
+        A token that was verified is remembered until it expires (at most ten minutes, and less by keys that are old);
+        a refusal is never remembered.
         """
         if len(raw) > _MAX_TOKEN_LENGTH or not raw.isascii():
             raise Unauthenticated("The token is malformed.")
@@ -187,14 +188,15 @@ class Tokens:
                 self._verified.move_to_end(digest)
                 return remembered[1]
             del self._verified[digest]
-        identity = await self._check(raw)
-        until = min(identity.expires_at.timestamp(), self._clock() + _RECHECK_SECONDS)
+        identity, counts_for = await self._check(raw)
+        until = min(identity.expires_at.timestamp(), self._clock() + counts_for)
         self._verified[digest] = until, identity
         if len(self._verified) > _CACHED_TOKENS:
             self._verified.popitem(last=False)
         return identity
 
-    async def _check(self, raw: str) -> Identity:
+    async def _check(self, raw: str) -> tuple[Identity, float]:
+        """Whom it speaks for, and for how many seconds its key may be relied on."""
         try:
             unverified = jwt.decode_complete(raw, options={"verify_signature": False})
         except jwt.InvalidTokenError:
@@ -209,9 +211,10 @@ class Tokens:
         if name == LINK_ISSUER:
             grant = _grant(claims, subject)
             expires_at = datetime.fromtimestamp(_time(claims, "exp"), UTC)
-            return Identity(issuer=grant.issuer, subject=subject, expires_at=expires_at, grant=grant)
+            identity = Identity(issuer=grant.issuer, subject=subject, expires_at=expires_at, grant=grant)
+            return identity, issuer.keys.counts_for
         expires_at = _checked_times(claims, now=self._clock(), max_lifetime=issuer.max_lifetime)
-        return Identity(issuer=name, subject=subject, expires_at=expires_at, grant=None)
+        return Identity(issuer=name, subject=subject, expires_at=expires_at, grant=None), issuer.keys.counts_for
 
     def mint(self, subject: str, lifetime: timedelta) -> str:
         """A development token for `subject`. SettingsError where there is no development issuer."""
@@ -343,6 +346,10 @@ class _Keys(Protocol):
     async def find(self, algorithm: str, key_id: str | None) -> _PublicKey | None:
         """The key that a token with this header must be signed by, if there is exactly one."""
 
+    @property
+    def counts_for(self) -> float:
+        """Seconds for which what was found may be relied on."""
+
     async def close(self) -> None: ...
 
 
@@ -395,6 +402,10 @@ class _OwnKey:
     async def find(self, algorithm: str, key_id: str | None) -> _PublicKey | None:
         return self._public if key_id is None and _fits(algorithm, self._public) else None
 
+    @property
+    def counts_for(self) -> float:
+        return _RECHECK_SECONDS
+
     async def close(self) -> None:
         pass
 
@@ -417,10 +428,11 @@ class _KeysUnavailable(Exception):
 class _ProviderKeys:
     """An OpenID provider's published keys, kept in memory.
 
-    However many requests want them at once, they are fetched once. They are fetched again when they are ten minutes
-    old, and when a token names an unknown key, but then at most every thirty seconds, since anybody can make up key
-    names. When the provider does not answer, the keys last got count for a day and it is asked again every five
-    seconds; with none ever got, tokens are refused as Unavailable.
+    However many requests want them at once, they are fetched once. Keys that are ten minutes old are fetched again,
+    and until that is done they go on counting, for a day: nobody waits, also when the provider does not answer, which
+    is then asked every five seconds. A request waits when there are no keys that count, which it is refused for as
+    Unavailable if none come, and when it names a key that is unknown, but then at most every thirty seconds, since
+    anybody can make up key names.
     """
 
     FRESH_SECONDS: Final = 600
@@ -443,14 +455,22 @@ class _ProviderKeys:
 
     async def find(self, algorithm: str, key_id: str | None) -> _PublicKey | None:
         if self._age() >= self.FRESH_SECONDS and self._may_try(self.RETRY_SECONDS):
-            await self._fetch_once()
-        key = self._match(algorithm, key_id)
-        if key is None and self._keys and self._may_try(self.UNKNOWN_KEY_SECONDS):
-            await self._fetch_once()
+            self._begin_fetch()
+        if self._age() < self.STALE_SECONDS:
             key = self._match(algorithm, key_id)
+            if key is None and self._may_try(self.UNKNOWN_KEY_SECONDS):
+                await self._fetched()
+                key = self._match(algorithm, key_id)
+            return key
+        if self._fetching is not None:
+            await self._fetched()
         if self._age() >= self.STALE_SECONDS:
             raise Unavailable("The identity provider's keys cannot be fetched just now. Try again in a moment.")
-        return key
+        return self._match(algorithm, key_id)
+
+    @property
+    def counts_for(self) -> float:
+        return _RECHECK_SECONDS if self._age() < self.FRESH_SECONDS else self.RETRY_SECONDS
 
     async def close(self) -> None:
         if self._fetching is not None:
@@ -474,13 +494,16 @@ class _ProviderKeys:
         ]
         return found[0] if len(found) == 1 else None
 
-    async def _fetch_once(self) -> None:
+    def _begin_fetch(self) -> "asyncio.Task[None]":
         if self._fetching is None:
             # A context of its own: a request's database binding and log fields are not the fetch's.
-            self._fetching = asyncio.create_task(self._fetch(), context=Context())
+            self._fetching = asyncio.create_task(self._fetch(), name="identity provider keys", context=Context())
             self._fetching.add_done_callback(self._forget_task)
+        return self._fetching
+
+    async def _fetched(self) -> None:
         # Shielded: one request that is cancelled must not take the keys from the others that wait.
-        await asyncio.shield(self._fetching)
+        await asyncio.shield(self._begin_fetch())
 
     def _forget_task(self, _: asyncio.Task[None]) -> None:
         self._fetching = None
@@ -493,6 +516,8 @@ class _ProviderKeys:
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, _KeysUnavailable) as error:
             reason = str(error) if isinstance(error, _KeysUnavailable) else type(error).__name__
             _log.warning("identity_provider_keys_unavailable", issuer=self._issuer, reason=reason)
+        except Exception as failure:  # nobody may be waiting who would tell of it
+            _log.error("identity_provider_keys_failed", issuer=self._issuer, exc_info=failure)
         else:
             self._keys, self._fetched_at = keys, self._clock()
         finally:

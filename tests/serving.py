@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp
 
 from app.changes import Changes
-from app.server import Server
+from app.server import Limits, Server
 
 
 class _Server(Server):
-    def __init__(self, app: ASGIApp, changes: Changes) -> None:
-        super().__init__(app, changes, lifespan="off", timeout_graceful_shutdown=10)
+    def __init__(self, app: ASGIApp, changes: Changes, limits: Limits | None) -> None:
+        super().__init__(app, changes, limits=limits, lifespan="off", timeout_graceful_shutdown=10)
         self.ready = asyncio.Event()
 
     @contextmanager
@@ -49,13 +49,20 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, changes: Changes, *, send_buffer: int | None = None) -> AsyncIterator[Served]:
+async def serving(
+    app: ASGIApp,
+    changes: Changes,
+    *,
+    send_buffer: int | None = None,
+    limits: Limits | None = None,
+    listening: socket.socket | None = None,
+) -> AsyncIterator[Served]:
     """`app` on a port of its own, on the test's bound database; its lifespan is whose it was. `send_buffer` is how
     many bytes the system keeps, about, of what a client does not read."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = listening or socket.create_server(("127.0.0.1", 0))
     if send_buffer is not None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    server = _Server(app, changes)
+    server = _Server(app, changes, limits)
     # The test's own database is heard, too: on SQLite, hints do not leave the connection that they are given on.
     async with changes.listening():
         served = Served(listening.getsockname()[1], server, asyncio.create_task(server.serve([listening])))

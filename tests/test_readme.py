@@ -42,6 +42,7 @@ from app.graphql.execution import SLOWEST_SECONDS
 from app.graphql.schema import SCHEMA
 from app.graphql.subscriptions import MAX_ACCOUNTS
 from app.graphql.websocket import MAX_MESSAGE_BYTES, MAX_OPERATIONS
+from app.server import Limits
 from app.settings import Settings
 from tests.cast import stage
 from tests.rules.test_policy import WITH_ITS_EXAMPLE
@@ -146,7 +147,11 @@ def test_every_key_of_the_policy_is_explained() -> None:
 def test_every_number_is_the_codes() -> None:
     hours = policy.hours
     [pool] = (int(one.default.strip("`")) for one in Settings.documentation() if "POOL_SIZE" in one.variable)
+    limits = Limits()
     told = [
+        f"at most {limits.headers} headers and {limits.head_bytes // 1024} KiB",
+        f"must come within {limits.head_seconds:.0f} seconds (408), a body within {limits.body_seconds:.0f} more",
+        f"reads nothing of its answer for {limits.reading_seconds:.0f} seconds",
         f"default of {pool}: at most 2 x ({pool} + 1) + 2 x ({pool} + 2) = {4 * pool + 6}.",
         f"delivered after {outbox.LEASE // timedelta(minutes=1)} minutes by another",
         f"tried {outbox.MAX_ATTEMPTS} times",

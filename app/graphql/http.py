@@ -103,16 +103,13 @@ class GraphQLEndpoint(Generic[Context]):
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
         request.state.request_id = request_id
         with structlog.contextvars.bound_contextvars(request_id=request_id):
-            try:
-                response = await self._respond(request)
-            except ClientDisconnect:
-                return
+            response = await self._respond(request)
             response.headers["X-Request-ID"] = request_id
             self._operations.count(request.state.results, time.perf_counter() - began)
             await response(scope, receive, send)
 
     async def _respond(self, request: Request) -> Response:
-        """The answer, whatever happens."""
+        """The answer, whatever happens. Raises `ClientDisconnect` when nobody is there to read it."""
         media_type = _JSON
         try:
             accepted = _negotiate(", ".join(request.headers.getlist("accept")))

@@ -7,7 +7,7 @@ import hmac
 import json
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -334,6 +334,8 @@ async def test_a_token_without_key_id_needs_an_only_key(oidc: Tokens, provider: 
 
     provider.keys.append(jwk(rsa.generate_private_key(public_exponent=65537, key_size=2048), "three"))
     clock.now += 600
+    await oidc.verify(issue(provider, clock, key_id="one"))
+    await fetched(provider, 2)
     assert await refusal(oidc, issue(provider, clock, key_id=None)) == "The token is signed by an unknown key."
 
 
@@ -663,14 +665,19 @@ async def test_a_verified_token_is_remembered(tokens: Tokens, decodings: list[st
 
 
 async def test_a_remembered_token_is_checked_again_in_time(oidc: Tokens, provider: Provider, clock: Clock) -> None:
-    """When a provider withdraws a key, tokens signed by it stop working within ten minutes, remembered or not."""
+    """When a provider withdraws a key, tokens signed by it stop working within ten minutes, remembered or not: as soon
+    as the keys are there that somebody has asked for."""
     raw = issue(provider, clock)
     await oidc.verify(raw)
     provider.keys = [jwk(P256, "new")]
 
     clock.now += 599
     await oidc.verify(raw)
+    assert provider.hits["/keys"] == 1
     clock.now += 1
+    await oidc.verify(raw)
+    await fetched(provider, 2)
+    clock.now += 5
     assert await refusal(oidc, raw) == "The token is signed by an unknown key."
 
 
@@ -788,6 +795,16 @@ async def test_made_up_keys_do_not_make_us_ask_again_and_again(oidc: Tokens, pro
     assert provider.hits["/keys"] == 2
 
 
+async def fetched(provider: Provider, times: int) -> None:
+    """Wait until the keys were asked for so many times, and what came of it is known."""
+    async with asyncio.timeout(60):
+        while provider.hits["/keys"] < times:  # noqa: ASYNC110  nobody tells
+            await asyncio.sleep(0.01)
+        while any(task.get_name() == "identity provider keys" for task in asyncio.all_tasks()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert provider.hits["/keys"] == times
+
+
 async def test_keys_last_got_count_while_the_provider_is_down(oidc: Tokens, provider: Provider, clock: Clock) -> None:
     """Stale if error, for a day; while it lasts the provider is asked every five seconds, not at every request."""
     await oidc.verify(issue(provider, clock))
@@ -796,15 +813,100 @@ async def test_keys_last_got_count_while_the_provider_is_down(oidc: Tokens, prov
     clock.now += 600
     for n in range(10):
         await oidc.verify(issue(provider, clock, sub=f"a{n}"))
+    await fetched(provider, 2)
+    for n in range(10):
+        await oidc.verify(issue(provider, clock, sub=f"b{n}"))
     assert provider.hits["/keys"] == 2
     clock.now += 5
     for n in range(10):
-        await oidc.verify(issue(provider, clock, sub=f"b{n}"))
-    assert provider.hits["/keys"] == 3
+        await oidc.verify(issue(provider, clock, sub=f"c{n}"))
+    await fetched(provider, 3)
 
     clock.now += 86_400
     with pytest.raises(Unavailable):
         await oidc.verify(issue(provider, clock))
+
+
+@pytest.mark.parametrize("seconds", [600, 86_399])
+async def test_nobody_waits_for_a_provider_that_hangs_while_the_keys_are_good(
+    oidc: Tokens, provider: Provider, clock: Clock, seconds: int
+) -> None:
+    """It accepts and never answers. Keys that are due to be fetched again still count, for a day."""
+    await oidc.verify(issue(provider, clock))
+    provider.may_answer.clear()
+    provider.asked.clear()
+
+    clock.now += seconds
+    for n in range(10):
+        assert not await _waits(oidc.verify(issue(provider, clock, sub=f"a{n}")))
+    await provider.asked.wait()
+    for n in range(10):
+        assert not await _waits(oidc.verify(issue(provider, clock, sub=f"b{n}")))
+    assert provider.hits["/keys"] == 2
+
+
+async def _waits(verifying: Coroutine[Any, Any, Identity]) -> bool:
+    """Whether it is still not done when everything that can be done at once has been."""
+    task = asyncio.create_task(verifying)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    if task.done():
+        task.result()
+        return False
+    task.cancel()
+    return True
+
+
+async def test_keys_that_are_a_day_old_are_waited_for(oidc: Tokens, provider: Provider, clock: Clock) -> None:
+    await oidc.verify(issue(provider, clock))
+    provider.keys = [jwk(P256, "new")]
+    provider.may_answer.clear()
+
+    clock.now += 86_400
+    waiting = asyncio.create_task(oidc.verify(issue(provider, clock, key=P256, algorithm="ES256", key_id="new")))
+    assert await _waits(oidc.verify(issue(provider, clock)))
+    provider.may_answer.set()
+
+    assert (await waiting).subject == "alice"
+
+
+async def test_a_made_up_key_is_waited_for_by_who_has_made_it_up_alone(
+    oidc: Tokens, provider: Provider, clock: Clock
+) -> None:
+    await oidc.verify(issue(provider, clock))
+    provider.may_answer.clear()
+    clock.now += 30
+
+    assert await _waits(oidc.verify(issue(provider, clock, key_id="x")))
+    assert not await _waits(oidc.verify(issue(provider, clock, sub="bob")))
+
+
+async def test_a_key_that_was_withdrawn_while_nobody_asked_is_not_remembered(
+    oidc: Tokens, provider: Provider, clock: Clock
+) -> None:
+    """Who comes first after a silence is let in by the old keys, until the new ones are there: no ten minutes more."""
+    await oidc.verify(issue(provider, clock))
+    provider.keys = [jwk(P256, "new")]
+    clock.now += 36_000
+    raw = issue(provider, clock)
+
+    await oidc.verify(raw)
+    await fetched(provider, 2)
+    clock.now += 5
+
+    assert await refusal(oidc, raw) == "The token is signed by an unknown key."
+
+
+async def test_new_keys_that_were_fetched_behind_are_used(oidc: Tokens, provider: Provider, clock: Clock) -> None:
+    await oidc.verify(issue(provider, clock))
+    provider.keys = [jwk(P256, "new")]
+    clock.now += 600
+    await oidc.verify(issue(provider, clock))
+    await fetched(provider, 2)
+
+    await oidc.verify(issue(provider, clock, key=P256, algorithm="ES256", key_id="new"))
+    assert await refusal(oidc, issue(provider, clock, sub="bob")) == "The token is signed by an unknown key."
+    assert provider.hits["/keys"] == 2
 
 
 async def test_a_provider_that_was_down_is_believed_when_it_is_back(
@@ -922,6 +1024,37 @@ async def test_closing_gives_up_what_is_being_fetched(settings: Settings, provid
 
     with pytest.raises(asyncio.CancelledError):
         await waiting
+
+
+async def test_closing_gives_up_what_is_being_fetched_behind(
+    settings: Settings, provider: Provider, clock: Clock
+) -> None:
+    async with opened(with_provider(settings, provider), clock) as tokens:
+        await tokens.verify(issue(provider, clock))
+        provider.may_answer.clear()
+        provider.asked.clear()
+        clock.now += 600
+        await tokens.verify(issue(provider, clock, sub="bob"))
+        await provider.asked.wait()
+
+    assert [task for task in asyncio.all_tasks() if "keys" in task.get_name()] == []
+
+
+async def test_a_fetch_that_fails_unexpectedly_is_logged_whole_and_is_a_failed_fetch(
+    oidc: Tokens, provider: Provider, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when nobody waits for it."""
+    await oidc.verify(issue(provider, clock))
+    monkeypatch.setattr(app.tokens, "_usable_keys", lambda *_, **__: 1 / 0)
+    clock.now += 600
+    with structlog.testing.capture_logs() as logged:
+        await oidc.verify(issue(provider, clock, sub="bob"))
+        await fetched(provider, 2)
+
+    [entry] = logged
+    assert (entry["event"], entry["log_level"]) == ("identity_provider_keys_failed", "error")
+    assert isinstance(entry["exc_info"], ZeroDivisionError)
+    await oidc.verify(issue(provider, clock))
 
 
 async def test_where_there_is_no_provider_nothing_is_fetched(tokens: Tokens, provider: Provider, clock: Clock) -> None:
