@@ -275,6 +275,16 @@ class Settings:
             parse=partial(_choice, of=("development", "production")),
         )
     )
+    development_on_network: bool = field(
+        metadata=_setting(
+            "Development with a SUNSET_HOST that others can reach, an https SUNSET_PUBLIC_URL or a SUNSET_OIDC_ISSUER, "
+            "which are refused without it: they look like production with SUNSET_ENVIRONMENT forgotten. Whoever "
+            "reaches such a server can do everything. Refused in production.",
+            default="false",
+            example="false",
+            parse=_boolean,
+        )
+    )
     host: str = field(
         metadata=_setting("The address that the server listens on.", default="127.0.0.1", example="0.0.0.0")  # noqa: S104
     )
@@ -530,7 +540,7 @@ class Settings:
     metrics_token: str = field(
         metadata=_setting(
             "The bearer token that Prometheus sends for `/metrics` and `/readyz?deep`. Without one, they answer in "
-            "development alone.",
+            "development alone, to local names.",
             default="",
             default_in_words="none",
             example="the output of `openssl rand -hex 24`",
@@ -756,8 +766,17 @@ def _disagreements(values: Mapping[str, Any], sources: Mapping[str, str], unusab
                 ("development_issuer", "whoever reads its key can be anyone"),
                 ("mailbox", "it shows every email to anyone who asks"),
                 ("demo", "it would put made-up accounts beside real ones"),
+                ("development_on_network", "it is about development alone"),
             )
             if values[name]
+        ]
+    elif not values["development_on_network"] and unusable.isdisjoint({"environment", "development_on_network"}):
+        problems += [
+            f"{_variable(name)} is {_without_password(values[name])}, and this is development, where everybody can be "
+            "anyone: set SUNSET_ENVIRONMENT=production. If it is to be development nevertheless, set "
+            "SUNSET_DEVELOPMENT_ON_NETWORK=true."
+            for name in _signs_of_production(values)
+            if name not in unusable
         ]
     if values["oidc_issuer"] or production:
         missing("oidc_audience", "with SUNSET_OIDC_ISSUER: set it to the `aud` of the tokens meant for this service")
@@ -775,6 +794,17 @@ def _disagreements(values: Mapping[str, Any], sources: Mapping[str, str], unusab
                 "`off` is for a mail server on localhost."
             )
     return problems
+
+
+def _signs_of_production(values: Mapping[str, Any]) -> list[str]:
+    """The settings that a developer's machine does not have, and a server whose environment was forgotten has."""
+    public = urlsplit(values["public_url"])
+    signs = {
+        "host": not is_loopback(values["host"]),
+        "public_url": public.scheme == "https" and not is_loopback(public.hostname or ""),
+        "oidc_issuer": bool(values["oidc_issuer"]),
+    }
+    return [name for name, shown in signs.items() if shown]
 
 
 _URL_PASSWORD: Final = re.compile(r"(?P<before>://[^/?#\s:]*:)[^\s]*@")

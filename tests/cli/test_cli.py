@@ -176,6 +176,7 @@ def test_services_are_added_listed_and_deactivated(migrated: Run) -> None:
 def test_people_of_an_identity_provider_need_its_subject(migrated: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUNSET_OIDC_ISSUER", "https://id.company.example/")
     monkeypatch.setenv("SUNSET_OIDC_AUDIENCE", "sunset")
+    monkeypatch.setenv("SUNSET_DEVELOPMENT_ON_NETWORK", "true")
     add = ("staff", "add", "csm@vendor.example", "--name", "Casey Morgan", "--role", "SUPPORT")
     refused = migrated(*add)
     assert refused.status == 2
@@ -378,6 +379,43 @@ def test_serve_needs_no_set_up_and_keeps_its_data(serve: Callable[[], Served], s
     assert "support@vendor.example" not in second.told
     assert second.stop() == 0
     assert sunset("import", str(file)).out.startswith("0 accounts created, 0 updated, 1 unchanged")
+
+
+@pytest.mark.parametrize("command", [["serve", "--host", "0.0.0.0"], ["serve"], ["worker"]])  # noqa: S104
+def test_development_is_not_served_to_a_network_by_mistake(
+    sunset: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
+) -> None:
+    """By option or by variable: everybody on it would be an administrator."""
+    if "--host" not in command:
+        monkeypatch.setenv("SUNSET_HOST", "0.0.0.0")  # noqa: S104
+    told = one_line(sunset(*command))
+    assert "SUNSET_HOST is 0.0.0.0" in told
+    assert "SUNSET_ENVIRONMENT=production" in told
+    assert not (tmp_path / "var").exists()
+
+
+def test_on_a_network_no_token_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a container prints is its log, and more people read that than may be everybody."""
+    monkeypatch.setenv("SUNSET_DEVELOPMENT_ON_NETWORK", "true")
+    with subprocess.Popen(
+        [sys.executable, "-m", "app.cli", "serve", "--port", str(free_port())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        told = ""
+        for line in process.stdout:
+            told += line
+            if "sunset token" in line or "eyJ" in line:
+                break
+        process.terminate()
+        told += process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "/graphiql" in told
+    assert "sunset token --staff EMAIL" in told
+    assert "eyJ" not in told
 
 
 def test_serve_fails_when_its_port_is_taken() -> None:
