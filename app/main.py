@@ -322,7 +322,7 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
         WebSocketRoute("/graphql", websocket),
         Route("/schema.graphql", schema_file),
         *service.probes(),
-        *links.routes(service.installation),
+        *links.routes(service.installation, settings.public_url),
         *gate.routes(service.installation),
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "web" / "static")),
     ]

@@ -1,8 +1,19 @@
 """The pages behind emailed links: what they show, when they show no form, and that opening them does nothing."""
 
-from app import db
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import quote
+
+import httpx2
+import pytest
+
+from app import db, main
+from app.errors import Unavailable
+from app.lifecycle import LinkPurpose
+from tests import cast
 from tests.api.test_story import links
-from tests.cast import CSM, GINA, Stage
+from tests.cast import ALICE, CAROL, CSM, GINA, Stage
 
 FORM = "<form"
 
@@ -15,7 +26,7 @@ async def confirm_link(house: Stage) -> str:
 
 
 async def test_a_confirmation_says_what_will_happen_in_the_policys_numbers(house: Stage) -> None:
-    page = await house.client.get("/links/confirm", params={"token": await confirm_link(house)})
+    page = await house.client.get("/links/confirm", params={"token": await confirm_link(house)}, follow_redirects=True)
     assert page.status_code == 200
     assert FORM in page.text
     assert "60 days" in page.text
@@ -33,7 +44,7 @@ async def test_what_was_typed_wrong_is_shown_again_and_stays_text(house: Stage) 
 async def test_a_link_that_was_used_shows_why_and_no_form(house: Stage) -> None:
     token = await confirm_link(house)
     await house.client.post("/links/confirm", data={"token": token, "accountName": "Globex"})
-    page = await house.client.get("/links/confirm", params={"token": token})
+    page = await house.client.get("/links/confirm", params={"token": token}, follow_redirects=True)
     assert page.status_code == 403
     assert "The account is canceled" in page.text
     assert FORM not in page.text
@@ -42,7 +53,7 @@ async def test_a_link_that_was_used_shows_why_and_no_form(house: Stage) -> None:
 async def test_a_link_shows_nothing_to_who_has_lost_the_permission_since(house: Stage) -> None:
     token = await confirm_link(house)
     await db.execute("UPDATE member SET role = 'MEMBER' WHERE email = $1", GINA)
-    page = await house.client.get("/links/confirm", params={"token": token})
+    page = await house.client.get("/links/confirm", params={"token": token}, follow_redirects=True)
     assert page.status_code == 409
     assert "Globex" not in page.text
     assert FORM not in page.text
@@ -54,3 +65,196 @@ async def test_a_link_opens_the_page_that_it_is_for_alone(house: Stage) -> None:
         page = await house.client.get(path, params={"token": token})
         assert page.status_code == 401
         assert "Globex" not in page.text
+
+
+# --------------------------------------------------------------------------------------- the token and the address
+
+
+def cookie(page: httpx2.Response) -> tuple[str, str, dict[str, str]]:
+    """Name, value and attributes of the one cookie that an answer sets."""
+    [line] = page.headers.get_list("set-cookie")
+    pair, *attributes = line.split("; ")
+    name, _, value = pair.partition("=")
+    return name, value, dict(one.lower().partition("=")[::2] for one in attributes)
+
+
+@asynccontextmanager
+async def behind(house: Stage, public_url: str) -> AsyncIterator[httpx2.AsyncClient]:
+    """The service as people reach it under that address: a proxy takes the address's path away."""
+    settings = cast.settings(
+        house.settings.data_dir,
+        house.settings.database_url,
+        SUNSET_PUBLIC_URL=public_url,
+        SUNSET_DEVELOPMENT_ON_NETWORK="true",
+    )
+    app = main.create_app(settings, house.installation)
+    prefix = httpx2.URL(public_url).path.rstrip("/")
+
+    class Proxy(httpx2.ASGITransport):
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            assert request.url.path.startswith(f"{prefix}/")
+            url = request.url.copy_with(path=request.url.path.removeprefix(prefix))
+            passed_on = httpx2.Request(request.method, url, headers=request.headers, stream=request.stream)
+            return await super().handle_async_request(passed_on)
+
+    async with app.router.lifespan_context(app), httpx2.AsyncClient(transport=Proxy(app=app)) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "public_url", ["http://localhost:8000", "https://cancel.example.com", "https://example.com/sunset"]
+)
+async def test_the_token_leaves_the_address_at_once(house: Stage, public_url: str) -> None:
+    """Addresses are kept in histories, shown on screens and written to logs. The way on is relative, so that it leads
+    to the same page behind any proxy; the cookie is for that page alone, is short-lived, and is shown to no script."""
+    token, url = await confirm_link(house), f"{public_url}/links/confirm"
+    async with behind(house, public_url) as client:
+        opened = await client.get(url, params={"token": token})
+        assert opened.status_code == 303
+        assert re.fullmatch(r"confirm\?link=[0-9a-f]{32}", opened.headers["location"])
+        assert token not in opened.headers["location"] + opened.text
+        assert opened.headers["referrer-policy"] == "no-referrer"
+        assert opened.headers["cache-control"] == "no-store"
+        name, value, attributes = cookie(opened)
+        assert value == token
+        assert name.endswith(opened.headers["location"].partition("=")[2])
+        secure = {"secure": ""} if public_url.startswith("https") else {}
+        path = f"{httpx2.URL(public_url).path.rstrip('/')}/links/confirm"
+        assert attributes == {"httponly": "", "samesite": "lax", "max-age": "600", "path": path, **secure}
+        assert opened.next_request is not None
+        shown = await client.send(opened.next_request)
+        assert (str(shown.url).partition("?")[0], shown.status_code) == (url, 200)
+        assert FORM in shown.text
+        assert token not in str(shown.url)
+        assert "set-cookie" not in shown.headers
+        again = await client.get(shown.url)
+        assert (again.status_code, FORM in again.text) == (200, True), "it can be loaded again"
+
+
+async def test_a_head_changes_nothing_and_moves_the_token_too(house: Stage) -> None:
+    answer = await house.client.head("/links/confirm", params={"token": await confirm_link(house)})
+    assert (answer.status_code, answer.content) == (303, b"")
+
+
+async def test_without_the_cookie_the_page_asks_for_the_link_and_takes_it_as_it_was_copied(house: Stage) -> None:
+    """Mail scanners keep no cookies, and neither do some browsers: nobody is kept from canceling by that."""
+    token = await confirm_link(house)
+    opened = await house.client.get("/links/confirm", params={"token": token})
+    house.client.cookies.clear()
+    page = await house.client.get(f"/links/{opened.headers['location']}")
+    assert page.status_code == 401
+    assert "Open the link once more" in page.text
+    assert 'name="link"' in page.text
+    assert "Globex" not in page.text
+    link = f"https://sunset.example/links/confirm?token={token}"
+    wrapped = f"https://safe.mail.example/?url={quote(link, safe='')}&data=a.b.c"
+    for pasted in (link, token, f"  {link}\n", f"{link[:90]}\n{link[90:]}", wrapped):
+        shown = await house.client.post(f"/links/{opened.headers['location']}", data={"link": pasted})
+        assert (shown.status_code, FORM in shown.text) == (200, True), pasted
+        assert f'name="token" value="{token}"' in shown.text
+        assert "set-cookie" not in shown.headers
+    nothing = await house.client.post("/links/confirm", data={"link": "https://sunset.example/links/confirm"})
+    assert (nothing.status_code, 'name="link"' in nothing.text) == (401, True)
+    forged = await house.client.post("/links/confirm", data={"link": link[:-3]})
+    assert (forged.status_code, FORM in forged.text) == (401, False)
+
+
+async def test_a_pasted_link_is_shown_and_not_acted_upon(house: Stage) -> None:
+    """Asking for a restart wants nothing but the token: what shows the form must not send it."""
+    await house.cancel()
+    token = links(next(one for one in await house.letters() if one["To"].addresses[0].addr_spec == ALICE))["restart"]
+    shown = await house.client.post("/links/restart", data={"link": token})
+    assert (shown.status_code, FORM in shown.text) == (200, True)
+    assert await db.fetch("SELECT 1 FROM restart_request") == []
+
+
+async def test_a_cookie_alone_does_nothing(house: Stage) -> None:
+    """A form on somebody else's page could send it along."""
+    token = await confirm_link(house)
+    page = await house.client.get("/links/confirm", params={"token": token}, follow_redirects=True)
+    assert page.status_code == 200
+    assert house.client.cookies
+    for form in ({"accountName": "Globex"}, {"accountName": "Globex", "token": ""}, {}):
+        done = await house.client.post(str(page.url), data=form)
+        assert done.status_code == 401, form
+        assert "Globex" not in done.text
+    status = await db.fetch("SELECT status FROM account WHERE reference = 'globex'")
+    assert [row["status"] for row in status] == ["ACTIVE"]
+
+
+async def test_two_links_that_are_open_at_once_show_each_its_own_page(house: Stage) -> None:
+    """Of one purpose, for two accounts: a click on one must never show the other, in whatever order answers come."""
+    await house.cancel()
+    await house.request_cancellation(GINA, "globex")
+    asked = await house.request_cancellation(CSM, "globex", note="She is sure.")
+    letters = await house.letters()
+    confirm = links(letters[-1])["confirm"]
+    done = await house.do_as(confirm, "confirmCancellation", requestId=asked["request"]["id"], accountName="Globex")
+    assert done["__typename"] == "ConfirmCancellationSuccess"
+    tokens = {}
+    for letter in await house.letters():
+        found = links(letter)
+        if "restart" in found:
+            tokens[letter["To"].addresses[0].addr_spec] = found["restart"]
+    first = await house.client.get("/links/restart", params={"token": tokens[ALICE]})
+    second = await house.client.get("/links/restart", params={"token": tokens[GINA]})
+    for opened, name in ((first, "Acme"), (second, "Globex"), (first, "Acme")):
+        page = await house.client.get(f"/links/{opened.headers['location']}")
+        assert f"Ask to restart {name}" in page.text
+
+
+async def test_a_cookie_that_somebody_else_has_put_there_shows_nothing(house: Stage) -> None:
+    """A neighbor's page under the same domain may set cookies for this one: it must not change whose form is shown."""
+    await house.cancel()
+    granted = {
+        letter["To"].addresses[0].addr_spec: links(letter)["restart"]
+        for letter in await house.letters()
+        if "restart" in links(letter)
+    }
+    opened = await house.client.get("/links/restart", params={"token": granted[ALICE]})
+    name, _, _ = cookie(opened)
+    house.client.cookies.clear()
+    house.client.cookies.set(name, granted[CAROL])
+    page = await house.client.get(f"/links/{opened.headers['location']}")
+    assert page.status_code == 401
+    assert granted[CAROL] not in page.text
+
+
+async def test_the_cookie_goes_when_the_form_was_sent(house: Stage) -> None:
+    token = await confirm_link(house)
+    page = await house.client.get("/links/confirm", params={"token": token}, follow_redirects=True)
+    wrong = await house.client.post(str(page.url), data={"token": token, "accountName": "Acme"})
+    assert (wrong.status_code, len(house.client.cookies)) == (422, 1)
+    done = await house.client.post(str(page.url), data={"token": token, "accountName": "Globex"})
+    assert (done.status_code, len(house.client.cookies)) == (200, 0)
+    _, _, attributes = cookie(done)
+    assert attributes["path"] == "/links/confirm"
+
+
+@pytest.mark.parametrize("purpose", LinkPurpose)
+async def test_nothing_is_kept_of_a_token_that_is_not_good_for_the_page(house: Stage, purpose: LinkPurpose) -> None:
+    """Nobody's, a caller's own, and one of another page: each is refused where it stands."""
+    confirm = await confirm_link(house)
+    tokens = ["", "x", "a.b.c", "eyJ.é.c", confirm[:-2], house.token(GINA)]
+    tokens += [confirm] if purpose is not LinkPurpose.CONFIRM else []
+    for token in tokens:
+        page = await house.client.get(f"/links/{purpose.value}", params={"token": token})
+        assert page.status_code == 401, token
+        assert "set-cookie" not in page.headers
+        assert "location" not in page.headers
+
+
+async def test_a_link_whose_database_is_away_is_kept_for_when_it_is_back(
+    house: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = await house.client.get("/links/confirm", params={"token": await confirm_link(house)})
+    with monkeypatch.context() as away:
+
+        async def unavailable(*_: object) -> None:
+            raise Unavailable("The database cannot be reached.")
+
+        away.setattr(db, "fetch_one", unavailable)
+        page = await house.client.get(f"/links/{opened.headers['location']}")
+        assert (page.status_code, "retry-after" in page.headers) == (503, True)
+    page = await house.client.get(f"/links/{opened.headers['location']}")
+    assert (page.status_code, FORM in page.text) == (200, True)

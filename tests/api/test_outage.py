@@ -227,7 +227,7 @@ async def test_two_hundred_clients_of_a_database_that_stands_still_are_all_told_
     kinds: list[Callable[[], Awaitable[httpx2.Response]]] = [
         lambda: service.post(STATUS, {"id": node_id}, token=token),
         lambda: service.post(CANCEL, {"input": {"accountId": node_id}}, token=token),
-        lambda: client.get("/links/feedback", params={"token": link}),
+        lambda: client.get("/links/feedback", params={"token": link}, follow_redirects=True),
         lambda: client.post("/links/feedback", data=form),
         lambda: client.get("/readyz"),
     ]
