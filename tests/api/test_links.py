@@ -1,8 +1,13 @@
 """The pages behind emailed links: what they show, when they show no form, and that opening them does nothing."""
 
+import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from urllib.parse import quote
 
 import httpx2
@@ -14,6 +19,7 @@ from app.lifecycle import LinkPurpose
 from tests import cast
 from tests.api.test_story import links
 from tests.cast import ALICE, CAROL, CSM, GINA, Stage
+from tests.serving import serving
 
 FORM = "<form"
 
@@ -258,3 +264,57 @@ async def test_a_link_whose_database_is_away_is_kept_for_when_it_is_back(
         assert (page.status_code, "retry-after" in page.headers) == (503, True)
     page = await house.client.get(f"/links/{opened.headers['location']}")
     assert (page.status_code, FORM in page.text) == (200, True)
+
+
+@contextmanager
+def nginx(folder: Path) -> Iterator[None]:
+    process = subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-e", folder / "start.log"])
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+async def test_nginx_logs_no_token_with_the_format_of_the_readme(house: Stage, tmp_path: Path) -> None:
+    """Neither of what is shown, nor of what fails because the service behind it is gone."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [told] = [block for block in re.findall(r"```nginx\n(.*?)```", readme, re.DOTALL) if "log_format" in block]
+    folder = tmp_path / "nginx"
+    folder.mkdir(mode=0o777)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = await confirm_link(house)
+
+    async with serving(house.app, house.installation.changes) as served:
+        block = told.replace("/var/log/nginx", str(folder)).replace("127.0.0.1:8001", f"127.0.0.1:{served.port}")
+        block = block.replace("server {", f"server {{ listen 127.0.0.1:{port};")
+        temporary = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in ("proxy", "fastcgi", "uwsgi", "scgi"))
+        (folder / "nginx.conf").write_text(
+            f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log crit; events {{}}\n"
+            f"http {{ access_log off; client_body_temp_path {folder}/body; {temporary}\n{block} }}\n"
+        )
+        with nginx(folder):
+            async with asyncio.timeout(60), httpx2.AsyncClient(follow_redirects=True) as browser:
+                while True:
+                    try:
+                        page = await browser.get(f"http://127.0.0.1:{port}/links/confirm", params={"token": token})
+                        break
+                    except httpx2.ConnectError:  # it is just starting
+                        await asyncio.sleep(0.02)
+                assert (page.status_code, FORM in page.text) == (200, True)
+                assert [one.status_code for one in page.history] == [303]
+                await served.stop()
+                gone = await browser.get(f"http://127.0.0.1:{port}/links/confirm", params={"token": token})
+                assert gone.status_code == 502
+    access = (folder / "access.log").read_text()
+    assert re.findall(r'"GET (\S+) HTTP/1\.1" (\d+)', access) == [
+        ("/links/confirm", "303"),
+        ("/links/confirm", "200"),
+        ("/links/confirm", "502"),
+    ]
+    logged = "".join(file.read_text() for file in folder.glob("*.log"))
+    assert token[:20] not in logged
+    assert "?" not in logged
