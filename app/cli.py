@@ -27,7 +27,7 @@ import typer
 from app import errors
 from app.lifecycle import Scope, StaffRole
 from app.policy import PolicyError
-from app.settings import Settings, SettingsError
+from app.settings import Settings, SettingsError, make_folder
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -137,7 +137,7 @@ async def _opened(settings: Settings) -> AsyncIterator["Database"]:
 
     file = _sqlite_file(settings)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
     try:
         database = await Database.open(
             settings.database_url,
@@ -1017,8 +1017,8 @@ def doctor(
 ) -> None:
     """Check the whole installation, one line for each check. Exit status 1 when one of them fails.
 
-    Settings, policy, mail server, database, schema, clock, overdue work, dead letters, and every rule that always
-    holds, on every row. Changes nothing and sends nothing.
+    Settings, policy, mail server, files, database, schema, clock, overdue work, dead letters, and every rule that
+    always holds, on every row. Changes nothing and sends nothing.
     """
     from app import doctor as examiner
     from app import logs

@@ -7,7 +7,7 @@ an orchestrator mounts). An empty value counts as not set. A `SUNSET_*` variable
 refused, since a mistyped name would otherwise silently mean the default.
 
 Knows the standard library only, and nothing of what the settings are used for: no database, no network.
-The sole thing it ever writes is the development installation's secret key.
+All that it ever writes is the development installation's secret key, and folders.
 """
 
 import difflib
@@ -816,6 +816,14 @@ def _without_password(value: str) -> str:
     return _QUERY_PASSWORD.sub(rf"\g<before>{_HIDDEN}", value)
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder `path`, and those above it that are missing, for their owner alone. One that is there stays as
+    it is."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
 def _kept_secret(path: Path) -> str:
     """The secret in the file `path`, made at the first call.
 
@@ -823,7 +831,7 @@ def _kept_secret(path: Path) -> str:
     happens for one of them and fails for the others, who then read the winner's. Readable by the owner only.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if not path.exists():
             handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp makes it 0600
             try:

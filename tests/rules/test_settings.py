@@ -394,6 +394,7 @@ def test_the_development_key_is_kept_for_its_owner_alone(tmp_path: Path) -> None
     assert Settings.load(environ).derive_key("links") == first
     [file] = (tmp_path / "var").iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "var").stat().st_mode) == 0o700
 
 
 def derive(data_dir: str) -> bytes:
