@@ -181,6 +181,7 @@ async def _facts(call: Call, grant: LinkGrant) -> dict[str, Any]:
         raise errors.NotFound("account")
     facts = account.facts(call.policy)
     lifecycle.check(_ACTION[grant.purpose], caller.actor(), facts, caller.now)
+    await auth.check_link(_ACTION[grant.purpose], grant)
     return {
         "account": account,
         "confirmed": lifecycle.confirm(facts, caller.now),

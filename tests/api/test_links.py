@@ -1,6 +1,7 @@
 """The pages behind emailed links: what they show, when they show no form, and that opening them does nothing."""
 
 import asyncio
+import json
 import re
 import shutil
 import socket
@@ -8,17 +9,22 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
+from uuid import UUID
 
+import graphql
 import httpx2
 import pytest
 
-from app import db, main
+from app import db, limiting, main
+from app.auth import Call
 from app.errors import Unavailable
+from app.graphql.schema import SCHEMA
 from app.lifecycle import LinkPurpose
 from tests import cast
 from tests.api.test_story import links
-from tests.cast import ALICE, CAROL, CSM, GINA, Stage
+from tests.cast import ALICE, BILLING, CAROL, CSM, GINA, Stage
 from tests.serving import serving
 
 FORM = "<form"
@@ -264,6 +270,165 @@ async def test_a_link_whose_database_is_away_is_kept_for_when_it_is_back(
         assert (page.status_code, "retry-after" in page.headers) == (503, True)
     page = await house.client.get(f"/links/{opened.headers['location']}")
     assert (page.status_code, FORM in page.text) == (200, True)
+
+
+# ------------------------------------------------------------------------- what a link is good for, and until when
+
+
+async def granted(house: Stage, who: str = ALICE) -> dict[str, str]:
+    """The tokens of the newest email to somebody that has links, by purpose."""
+    letters = [one for one in await house.letters() if one["To"].addresses[0].addr_spec == who]
+    return next(found for one in reversed(letters) if (found := links(one)))
+
+
+async def restart(house: Stage) -> None:
+    done = await house.do(BILLING, "restartAccount", accountId=await house.account_id("acme"))
+    assert done["__typename"] == "RestartAccountSuccess"
+
+
+async def say_why(house: Stage, token: str, request_id: str, selection: str = "") -> dict[str, Any]:
+    return await house.do_as(
+        token, "submitFeedback", selection, requestId=request_id, reason="TOO_EXPENSIVE", comment="By link"
+    )
+
+
+async def feedback_by_link(house: Stage) -> int:
+    return len(await db.fetch("SELECT 1 FROM feedback WHERE comment = 'By link'"))
+
+
+def everything(kind: graphql.GraphQLNamedType, depth: int) -> str:
+    """A selection of all that a type's fields show without arguments, so far down."""
+    if isinstance(kind, graphql.GraphQLUnionType):
+        return " ".join(f"... on {one.name} {{ {everything(one, depth)} }}" for one in kind.types)
+    assert isinstance(kind, graphql.GraphQLObjectType)
+    selected = ["__typename"]
+    for name, field in kind.fields.items():
+        below = graphql.get_named_type(field.type)
+        if any(graphql.is_required_argument(argument) for argument in field.args.values()):
+            continue
+        if graphql.is_leaf_type(below):
+            selected.append(name)
+        elif depth:
+            selected.append(f"{name} {{ {everything(below, depth - 1)} }}")
+    return " ".join(selected)
+
+
+@pytest.mark.parametrize("life", ["canceled", "restarted", "canceled again"])
+@pytest.mark.parametrize("purpose", LinkPurpose)
+async def test_the_bearer_of_a_link_reads_nothing_but_what_it_does(
+    house: Stage, purpose: LinkPurpose, life: str
+) -> None:
+    """All that its mutation can answer, in each life of the account: no offers, no feedback but its own, no people."""
+    asked = await house.request_cancellation(BILLING, note="Canary of staff.")
+    request_id = asked["request"]["id"]
+    tokens = await granted(house)
+    await house.do(ALICE, "submitFeedback", requestId=request_id, reason="UNUSED", comment="Canary of a colleague.")
+    given = {"requestId": request_id, "accountName": "Acme"}
+    if purpose is not LinkPurpose.CONFIRM:
+        assert (await house.do_as(tokens["confirm"], "confirmCancellation", **given))["__typename"].endswith("Success")
+        tokens = await granted(house)
+    if life != "canceled":
+        if purpose is LinkPurpose.CONFIRM:
+            await house.do_as(tokens["confirm"], "confirmCancellation", **given)
+        await restart(house)
+    if life == "canceled again":
+        await house.cancel(CAROL)
+    mutation, own = {
+        LinkPurpose.CONFIRM: ("confirmCancellation", given),
+        LinkPurpose.FEEDBACK: ("submitFeedback", {"requestId": request_id, "reason": "OTHER", "comment": "By link"}),
+        LinkPurpose.RESTART: ("requestRestart", {}),
+    }[purpose]
+    depth = 2 if purpose is LinkPurpose.CONFIRM else 3  # as far as the API's limits let one mutation go
+    kind = SCHEMA._schema.type_map[f"{mutation[0].upper()}{mutation[1:]}Result"]
+    document = (
+        f"mutation($input: {mutation[0].upper()}{mutation[1:]}Input!) "
+        f"{{ done: {mutation}(input: $input) {{ {everything(kind, depth)} }} }}"
+    )
+    answer = (await house.post(document, {"input": own}, token=tokens[purpose.value])).json()
+    expected = "Success" if life == "canceled" else "Error"
+    done = (answer["data"] or {}).get("done") or {"__typename": "Error"}
+    assert done["__typename"].endswith(expected), answer
+    codes = {error["extensions"]["code"] for error in answer.get("errors", ())}
+    assert codes <= {"FORBIDDEN", "ACCESS_REMOVED"}
+    shown = json.dumps(answer["data"])
+    offers = [row["title"] for row in await db.fetch("SELECT DISTINCT title FROM offer")]
+    assert offers
+    others = [CAROL, "Carol", "bob@", CSM, "Canary", *offers]
+    assert [one for one in others if one in shown] == []
+
+
+async def test_a_feedback_link_ends_with_the_cancellation_that_it_is_about(house: Stage) -> None:
+    """A restart ends it, and the account's next cancellation has links of its own: nothing is added to what is over."""
+    first = (await house.cancel())["request"]["id"]
+    old = (await granted(house))["feedback"]
+    assert (await say_why(house, old, first))["__typename"] == "SubmitFeedbackSuccess"
+    await restart(house)
+    refused = await say_why(house, old, first, "... on AccountStateError { account { status } }")
+    assert (refused["__typename"], refused["account"]) == ("AccountStateError", {"status": "ACTIVE"})
+    page = await house.client.get("/links/feedback", params={"token": old}, follow_redirects=True)
+    assert (page.status_code, FORM in page.text) == (409, False)
+
+    asked = await house.request_cancellation()
+    assert (await say_why(house, old, first))["__typename"] == "AccountStateError"
+    again = await house.cancel()
+    second = again["request"]["id"]
+    assert second == asked["request"]["id"]
+    refused = await say_why(house, old, first, "... on RequestStateError { request { id status } }")
+    assert refused["__typename"] == "RequestStateError"
+    assert refused["request"] == {"id": first, "status": "REVERTED"}
+    assert "newest email" in refused["message"]
+    assert (await say_why(house, old, second))["__typename"] == "NotFoundError"
+    posted = await house.client.post("/links/feedback", data={"token": old, "reason": "OTHER"})
+    assert posted.status_code == 409
+    assert await feedback_by_link(house) == 1
+
+    new = (await granted(house))["feedback"]
+    assert (await say_why(house, new, second))["__typename"] == "SubmitFeedbackSuccess"
+    assert await feedback_by_link(house) == 2
+
+
+async def test_feedback_by_link_loses_against_a_restart_that_commits_before_it(
+    house: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read before the account was locked does not count."""
+    first = (await house.cancel())["request"]["id"]
+    link = (await granted(house))["feedback"]
+    spend = limiting.spend
+
+    async def meanwhile(call: Call, account_id: UUID | None) -> None:
+        await spend(call, account_id)
+        monkeypatch.setattr(limiting, "spend", spend)
+        await restart(house)
+        await house.cancel()
+
+    monkeypatch.setattr(limiting, "spend", meanwhile)
+    assert (await say_why(house, link, first))["__typename"] == "RequestStateError"
+    assert await feedback_by_link(house) == 0
+
+
+@pytest.mark.parametrize("purpose", LinkPurpose)
+async def test_a_link_of_an_earlier_cancellation_shows_no_form(house: Stage, purpose: LinkPurpose) -> None:
+    """Sending it would be refused: the page says so before anybody has written anything."""
+    await house.request_cancellation(BILLING, note="They called.")
+    tokens = await granted(house)
+    if purpose is LinkPurpose.CONFIRM:
+        await house.do(ALICE, "withdrawCancellation", accountId=await house.account_id("acme"))
+        await house.request_cancellation(BILLING, note="They called again.")
+    else:
+        await house.cancel()
+        tokens = await granted(house)
+        await restart(house)
+        await house.cancel(CAROL)
+    path = f"/links/{purpose.value}"
+    page = await house.client.get(path, params={"token": tokens[purpose.value]}, follow_redirects=True)
+    assert (page.status_code, FORM in page.text) == (409, False)
+    assert "newest email" in page.text
+    tokens = await granted(house)
+    page = await house.client.get(path, params={"token": tokens[purpose.value]}, follow_redirects=True)
+    assert (page.status_code, FORM in page.text) == (200, True)
+
+
+# ------------------------------------------------------------------------------------------------------------ nginx
 
 
 @contextmanager
