@@ -26,6 +26,7 @@ from app.lifecycle import (
     Scope,
     StaffRole,
 )
+from app.messages import LinkGrant
 from app.policy import Policy
 from app.receivers import Receivers
 from app.tokens import Identity, Tokens
@@ -352,6 +353,15 @@ async def require_webhook_manager(call: Call) -> Caller:
     if not caller.sees_webhooks() or (caller.staff is not None and caller.staff.role is not StaffRole.BILLING_TEAM):
         raise errors.PermissionDenied("Only the billing team, and services with the scope 'webhooks', manage webhooks.")
     return caller
+
+
+async def check_link(action: Action, grant: LinkGrant) -> None:
+    """Refuse what an emailed link is for where its request does not stand any more, as `lifecycle.check_link` does. It
+    holds until the commit where the account's row is locked."""
+    request = await accounts.load_request(grant.request_id)
+    if request is not None and request.account_id != grant.account_id:
+        request = None
+    lifecycle.check_link(action, grant.request_id, None if request is None else request.status)
 
 
 @dataclass(frozen=True, kw_only=True)

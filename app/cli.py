@@ -27,7 +27,7 @@ import typer
 from app import errors
 from app.lifecycle import Scope, StaffRole
 from app.policy import PolicyError
-from app.settings import Settings, SettingsError
+from app.settings import Settings, SettingsError, make_folder
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -138,7 +138,7 @@ async def _opened(settings: Settings) -> AsyncIterator["Database"]:
 
     file = _sqlite_file(settings)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
     try:
         database = await Database.open(
             settings.database_url,
@@ -183,8 +183,8 @@ def serve(
 ) -> None:
     """Serve the API, with the worker inside unless SUNSET_WORKER is false.
 
-    Brings the database to this version's schema first. In development, makes a demo company in a new database and
-    prints tokens to try it with.
+    Brings the database to this version's schema first. In development, makes a demo company in a new database and,
+    unless SUNSET_DEVELOPMENT_ON_NETWORK is true, prints tokens to try it with.
     """
     from app import logs
     from app.main import create_app, installation
@@ -237,7 +237,8 @@ def _allow_files(streams: int) -> None:
 
 
 async def _prepare(settings: Settings) -> list[tuple[str, str, str]]:
-    """Migrate, check, make the demo; answer whom there are tokens for: name, part, token."""
+    """Migrate, check, make the demo; answer whom there are tokens for: name, part, token. None on a network, where
+    what is printed is the log of a container, and others read it."""
     from app import demo
     from app.db.migrate import migrate
     from app.main import check_clock, check_plans, installation
@@ -250,7 +251,7 @@ async def _prepare(settings: Settings) -> list[tuple[str, str, str]]:
             await check_plans(shared)
             if settings.demo:
                 await demo.make(shared)
-            if not settings.development_issuer:
+            if not settings.development_issuer or settings.development_on_network:
                 return []
             await shared.tokens.follow()
             return [(one.who, one.part, shared.tokens.mint(one.subject, _START_TOKENS)) for one in await demo.cast()]
@@ -268,6 +269,10 @@ def _introduce(settings: Settings, cast: Sequence[tuple[str, str, str]]) -> None
         print(f"\nTokens for {_hours(_START_TOKENS)}, for the header Authorization: Bearer TOKEN\n")
         for who, part, token in cast:
             print(f"{who}, {part}\n{token}\n")
+    elif settings.development_issuer:
+        print(
+            "\nA token, for the header Authorization: sunset token --staff EMAIL, or --member EMAIL, or --service NAME"
+        )
     sys.stdout.flush()
 
 
@@ -1107,8 +1112,8 @@ def doctor(
 ) -> None:
     """Check the whole installation, one line for each check. Exit status 1 when one of them fails.
 
-    Settings, policy, mail server, database, schema, clock, overdue work, dead letters, and every rule that always
-    holds, on every row. Changes nothing and sends nothing.
+    Settings, policy, mail server, files, database, schema, clock, overdue work, dead letters, and every rule that
+    always holds, on every row. Changes nothing and sends nothing.
     """
     from app import doctor as examiner
     from app import logs

@@ -6,7 +6,7 @@ another impossible, the other is left out.
 
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -64,7 +64,7 @@ async def examine(environ: Mapping[str, str]) -> list[Check]:
     checks.append(await _mail(settings))
     try:
         async with _opened(settings) as database:
-            checks.append(_ok("database", f"{database.dialect} answers"))
+            checks += [_files(settings), _ok("database", f"{database.dialect} answers")]
             checks += await _inside(settings, shared, database)
     except (errors.Unavailable, errors.Refusal) as error:
         checks = [check for check in checks if check.name != "database"]
@@ -86,6 +86,26 @@ async def _mail(settings: Settings) -> Check:
         return _fail("mail", f"{error} Nothing is lost meanwhile: emails wait. See {where}.")
     finally:
         await mailer.close()
+
+
+def _files(settings: Settings) -> Check:
+    """With the database open, which closes a file of its own to others."""
+    kept = [settings.data_dir, settings.data_dir / "mailbox", settings.data_dir / "secret.key"]
+    if settings.database_url.startswith("sqlite:"):
+        file = sqlite_path(settings.database_url)
+        kept += [Path(file + end) for end in ("", "-wal", "-shm")]
+    open_to_others = []
+    for path in kept:
+        with suppress(OSError):  # not there, or not any more
+            if (mode := path.stat().st_mode) & 0o007:
+                open_to_others.append(f"{path} ({mode & 0o777:o})")
+    if open_to_others:
+        return _warn(
+            "files",
+            "Others on this machine may look at these: `chmod 0700` for a folder, `chmod 0600` for a file.",
+            *open_to_others,
+        )
+    return _ok("files", "closed to others on this machine")
 
 
 @asynccontextmanager
@@ -255,8 +275,8 @@ def _ok(name: str, message: str) -> Check:
     return Check(name=name, verdict=Verdict.OK, message=message)
 
 
-def _warn(name: str, message: str) -> Check:
-    return Check(name=name, verdict=Verdict.WARN, message=message)
+def _warn(name: str, message: str, *details: str) -> Check:
+    return Check(name=name, verdict=Verdict.WARN, message=message, details=details)
 
 
 def _fail(name: str, message: str, *details: str) -> Check:

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from app import accounts, db, errors, history, idempotency, lifecycle, limiting, offers
 from app.accounts import FeedbackView, RequestView
-from app.auth import Acting, Call, Installation, act_on
+from app.auth import Acting, Call, act_on, check_link
 from app.lifecycle import (
     MAX_COMMENT_LENGTH,
     MAX_FEEDBACK_PER_REQUEST,
@@ -25,7 +25,8 @@ async def submit(
     comment: str | None = None,
     idempotency_key: str | None = None,
 ) -> FeedbackView:
-    """Add feedback to a cancellation request; once access is removed, with the link of the email.
+    """Add feedback to a cancellation request; once access is removed, with the link of the email, until the account is
+    restarted (`RequestStateRefused`).
 
     A comment has at most 5,000 characters, a request at most 20 pieces of feedback (`InvalidInput`). While the
     request awaits confirmation, the reason can bring further offers.
@@ -43,16 +44,18 @@ async def submit(
             idempotency_key,
             values,
             acting.account.id,
-            lambda: _submit(call.installation, acting, found, reason, comment),
+            lambda: _submit(call, acting, found, reason, comment),
         )
         given = await accounts.feedback_of([found.id])
     return next(one for one in given[found.id] if str(one.id) == answer["feedback"])
 
 
 async def _submit(
-    installation: Installation, acting: Acting, request: RequestView, reason: FeedbackReason, comment: str | None
+    call: Call, acting: Acting, request: RequestView, reason: FeedbackReason, comment: str | None
 ) -> dict[str, Any]:
     lifecycle.check(Action.SUBMIT_FEEDBACK, acting.actor, acting.facts, acting.now)
+    if call.identity.grant is not None:
+        await check_link(Action.SUBMIT_FEEDBACK, call.identity.grant)
     comment = (comment or "").strip() or None
     if comment is not None and len(comment) > MAX_COMMENT_LENGTH:
         raise errors.InvalidInput(
@@ -88,5 +91,5 @@ async def _submit(
         and current.status is not RequestStatus.CONFIRMED
         and not lifecycle.has_expired(current.facts(), acting.now)
     ):
-        await offers.make(installation.policy, acting.account, request.id, reason, acting.now)
+        await offers.make(call.policy, acting.account, request.id, reason, acting.now)
     return {"feedback": str(feedback.id)}

@@ -353,11 +353,31 @@ def check(action: Action, actor: Actor, account: AccountFacts, now: datetime) ->
                 expired_at=account.request.confirmation_expires_at,
             )
         raise errors.AccountStateRefused(_STATE_MESSAGES[phase], account_id=account.id)
+    if action is Action.SUBMIT_FEEDBACK and Relation.FEEDBACK_LINK in actor.relations and phase not in _IN_WINDOW:
+        raise errors.AccountStateRefused(
+            f"The cancellation that the link is about is over. {_STATE_MESSAGES[phase]}", account_id=account.id
+        )
     effective_at = account.cancellation_effective_at
     if action is Action.WITHDRAW_CANCELLATION and effective_at is not None and effective_at <= now:
         raise errors.AccountStateRefused("The cancellation is just taking effect.", account_id=account.id)
     if action is Action.CONFIRM_CANCELLATION and account.request and _needs_assistance(account, account.request):
         raise assisted_plan(account)
+
+
+def check_link(action: Action, request_id: UUID, status: RequestStatus | None) -> None:
+    """Refuse with `RequestStateRefused` what an emailed link is for, unless the request that it is about stands: what
+    has been restarted, or withdrawn, is not taken up again by a link to it. To be asked after `check`."""
+    if status is not _LINKED_REQUEST[action]:
+        raise errors.RequestStateRefused(
+            "The link is about an earlier cancellation. Use the link in the newest email.", request_id=request_id
+        )
+
+
+_LINKED_REQUEST: Mapping[Action, RequestStatus] = {
+    Action.CONFIRM_CANCELLATION: RequestStatus.PENDING_CONFIRMATION,
+    Action.SUBMIT_FEEDBACK: RequestStatus.EFFECTIVE,
+    Action.REQUEST_RESTART: RequestStatus.EFFECTIVE,
+}
 
 
 def _in_window(account: AccountFacts, now: datetime) -> bool:

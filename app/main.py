@@ -41,6 +41,7 @@ from app.receivers import Receivers
 from app.settings import Settings, SettingsError
 from app.tokens import DEVELOPMENT_ISSUER, Tokens
 from app.web import gate, graphiql, links, mailbox
+from app.web.local import LocalPages, refuse_other_names
 from app.worker import Worker
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -285,9 +286,11 @@ class _Service:
 
 def refuse_stranger(settings: Settings, request: Request) -> Response | None:
     """The answer to who may not look inside; None for who may. That is whoever has SUNSET_METRICS_TOKEN; without one,
-    everybody in development and nobody in production."""
+    nobody in production, and in development everybody, under the names of this machine alone."""
     if not settings.metrics_token:
-        return None if settings.environment == "development" else PlainTextResponse("Not Found", 404)
+        if settings.environment == "development":
+            return refuse_other_names(request.headers)
+        return PlainTextResponse("Not Found", 404)
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), settings.metrics_token.encode()):
         return None
@@ -309,6 +312,8 @@ def _application(routes: list[BaseRoute], service: _Service, **options: Any) -> 
     # Starlette would lead to an address made of the request's Host, over http, with the token that was in the query.
     app.router.redirect_slashes = False
     app.add_middleware(_Bound, service=service)
+    if service.settings.environment == "development":
+        app.add_middleware(LocalPages, paths=("/graphiql", "/mailbox"))
     app.add_middleware(_Logged)
     return app
 
@@ -336,7 +341,7 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
         WebSocketRoute("/graphql", websocket),
         Route("/schema.graphql", schema_file),
         *service.probes(),
-        *links.routes(service.installation),
+        *links.routes(service.installation, settings.public_url),
         *gate.routes(service.installation),
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "web" / "static")),
     ]

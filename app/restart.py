@@ -5,7 +5,7 @@ from uuid import UUID
 
 from app import accounts, db, enforcement, errors, history, idempotency, lifecycle, limiting, outbox, people
 from app.accounts import AccountView
-from app.auth import Acting, Call, Installation, act_on
+from app.auth import Acting, Call, Installation, act_on, check_link
 from app.errors import Contact
 from app.lifecycle import MAX_NOTE_LENGTH, AccountStatus, Action, RequestStatus, TransitionType
 from app.messages import AccountRestarted, RestartRequested
@@ -89,16 +89,9 @@ async def request_restart(call: Call, *, note: str | None = None) -> AccountView
         note = (note or "").strip() or None
         if note is not None and len(note) > MAX_NOTE_LENGTH:
             raise errors.InvalidInput(f"A note has at most {MAX_NOTE_LENGTH:,} characters.", field="note")
-        request = await CancellationRequest.get_or_none(
-            id=grant.request_id, account_id=acting.account.id, status=RequestStatus.EFFECTIVE
-        )
-        if request is None:  # Restarted and canceled again since the link was sent.
-            raise errors.RequestStateRefused(
-                "The link is about an earlier cancellation. Use the link in the newest email.",
-                request_id=grant.request_id,
-            )
-        if not await RestartRequest.filter(request_id=request.id).exists():
-            await _record_request(call.installation, acting, request.id, note)
+        await check_link(Action.REQUEST_RESTART, grant)
+        if not await RestartRequest.filter(request_id=grant.request_id).exists():
+            await _record_request(call.installation, acting, grant.request_id, note)
         account = await accounts.load(acting.account.id)
     assert account is not None
     return account

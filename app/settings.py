@@ -7,7 +7,7 @@ an orchestrator mounts). An empty value counts as not set. A `SUNSET_*` variable
 refused, since a mistyped name would otherwise silently mean the default.
 
 Knows the standard library only, and nothing of what the settings are used for: no database, no network.
-The sole thing it ever writes is the development installation's secret key.
+All that it ever writes is the development installation's secret key, and folders.
 """
 
 import difflib
@@ -280,6 +280,16 @@ class Settings:
             parse=partial(_choice, of=("development", "production")),
         )
     )
+    development_on_network: bool = field(
+        metadata=_setting(
+            "Development with a SUNSET_HOST that others can reach, an https SUNSET_PUBLIC_URL or a SUNSET_OIDC_ISSUER, "
+            "which are refused without it: they look like production with SUNSET_ENVIRONMENT forgotten. Whoever "
+            "reaches such a server can do everything. Refused in production.",
+            default="false",
+            example="false",
+            parse=_boolean,
+        )
+    )
     host: str = field(
         metadata=_setting("The address that the server listens on.", default="127.0.0.1", example="0.0.0.0")  # noqa: S104
     )
@@ -546,7 +556,7 @@ class Settings:
     metrics_token: str = field(
         metadata=_setting(
             "The bearer token that Prometheus sends for `/metrics` and `/readyz?deep`. Without one, they answer in "
-            "development alone.",
+            "development alone, to local names.",
             default="",
             default_in_words="none",
             example="the output of `openssl rand -hex 24`",
@@ -772,8 +782,17 @@ def _disagreements(values: Mapping[str, Any], sources: Mapping[str, str], unusab
                 ("development_issuer", "whoever reads its key can be anyone"),
                 ("mailbox", "it shows every email to anyone who asks"),
                 ("demo", "it would put made-up accounts beside real ones"),
+                ("development_on_network", "it is about development alone"),
             )
             if values[name]
+        ]
+    elif not values["development_on_network"] and unusable.isdisjoint({"environment", "development_on_network"}):
+        problems += [
+            f"{_variable(name)} is {_without_password(values[name])}, and this is development, where everybody can be "
+            "anyone: set SUNSET_ENVIRONMENT=production. If it is to be development nevertheless, set "
+            "SUNSET_DEVELOPMENT_ON_NETWORK=true."
+            for name in _signs_of_production(values)
+            if name not in unusable
         ]
     if values["oidc_issuer"] or production:
         missing("oidc_audience", "with SUNSET_OIDC_ISSUER: set it to the `aud` of the tokens meant for this service")
@@ -793,6 +812,17 @@ def _disagreements(values: Mapping[str, Any], sources: Mapping[str, str], unusab
     return problems
 
 
+def _signs_of_production(values: Mapping[str, Any]) -> list[str]:
+    """The settings that a developer's machine does not have, and a server whose environment was forgotten has."""
+    public = urlsplit(values["public_url"])
+    signs = {
+        "host": not is_loopback(values["host"]),
+        "public_url": public.scheme == "https" and not is_loopback(public.hostname or ""),
+        "oidc_issuer": bool(values["oidc_issuer"]),
+    }
+    return [name for name, shown in signs.items() if shown]
+
+
 _URL_PASSWORD: Final = re.compile(r"(?P<before>://[^/?#\s:]*:)[^\s]*@")
 _QUERY_PASSWORD: Final = re.compile(r"(?P<before>[?&](?:ssl)?password=)[^&\s]*", re.IGNORECASE)
 
@@ -802,6 +832,14 @@ def _without_password(value: str) -> str:
     return _QUERY_PASSWORD.sub(rf"\g<before>{_HIDDEN}", value)
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder `path`, and those above it that are missing, for their owner alone. One that is there stays as
+    it is."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
 def _kept_secret(path: Path) -> str:
     """The secret in the file `path`, made at the first call.
 
@@ -809,7 +847,7 @@ def _kept_secret(path: Path) -> str:
     happens for one of them and fails for the others, who then read the winner's. Readable by the owner only.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if not path.exists():
             handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp makes it 0600
             try:

@@ -161,6 +161,6 @@ async def stage(database: Database, directory: Path, **changes: Any) -> AsyncIte
     transport = httpx2.ASGITransport(app=app)
     async with (
         app.router.lifespan_context(app),
-        httpx2.AsyncClient(transport=transport, base_url="http://sunset.test") as client,
+        httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         yield Stage(app=app, settings=used, installation=installation, mail=directory / "mailbox", client=client)

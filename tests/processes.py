@@ -65,6 +65,7 @@ class Processes:
             "SUNSET_RATE_LIMIT_ACCOUNT": "0",
             "SUNSET_LOG_FORMAT": "json",
             "SUNSET_PUBLIC_URL": "https://sunset.example",
+            "SUNSET_DEVELOPMENT_ON_NETWORK": "true",
             **environ,
         }
         self._directory = directory

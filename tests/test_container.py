@@ -24,8 +24,9 @@ import typer
 from ruamel.yaml import YAML
 
 from app.cli import app as commands
-from app.settings import Settings, is_loopback
+from app.settings import Settings, SettingsError, is_loopback
 from tests.postgres import PostgresServer
+from tests.rules.test_settings import PRODUCTION
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "scripts" / "container"
@@ -173,9 +174,19 @@ def health_check() -> list[str]:
 
 
 def test_the_images_settings_are_those_of_a_container() -> None:
-    settings = Settings.load(image_settings())
+    settings = Settings.load({**PRODUCTION, **image_settings()})
     assert not is_loopback(settings.host)
     assert str(settings.port) == only("EXPOSE")
+
+
+def test_the_image_is_production_unless_told_otherwise() -> None:
+    """Who starts it and forgets the environment is told what is missing, and serves nobody as an administrator."""
+    with pytest.raises(SettingsError) as refused:
+        Settings.load(image_settings())
+    missing = {problem.split()[0] for problem in refused.value.problems}
+    assert missing == set(PRODUCTION) - {"SUNSET_ENVIRONMENT"}
+    with pytest.raises(SettingsError, match="SUNSET_HOST"):
+        Settings.load({**image_settings(), "SUNSET_ENVIRONMENT": "development"})
 
 
 def test_the_data_folder_is_a_volume_of_the_user() -> None:
@@ -205,6 +216,7 @@ def test_the_compose_file_runs_the_image_in_the_processes_that_production_has() 
 def test_the_settings_of_a_service_are_accepted(name: str) -> None:
     settings = Settings.load(environ(name))
     assert settings.environment == "development"
+    assert settings.development_on_network
     assert settings.database_url.startswith("postgres://")
     assert settings.worker is (name != "api")  # the worker has a container of its own
     assert bool(settings.worker_port) is (name == "worker")

@@ -12,18 +12,21 @@ Tortoise finds its parts by the module's name, which must contain `sqlite`. Agai
 * The driver's threads are daemons: a process that forgets to close still ends.
 * Times are stored in UTC with a fixed width; naive ones are refused by the driver itself, hence in any SQL.
 * `synchronous` stays FULL: what was acknowledged survives a power cut.
+* The file, and those beside it, are their owner's alone.
 * What is deleted is overwritten in the file (`secure_delete`, in which builds of SQLite differ), and `scrub` empties
   the write-ahead log, which keeps pages as they were.
 """
 
 import asyncio
+import os
 import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -116,6 +119,22 @@ def _lower(text: str | None) -> str | None:
     return None if text is None else text.lower()
 
 
+def _keep_private(file_path: str) -> None:
+    """A new file is made before SQLite makes it, for the owner alone; SQLite gives those beside it the same mode. One
+    that everybody may read, as earlier versions made it, is closed. A group that was let in, and nobody else, is meant.
+    """
+    file = Path(os.path.realpath(file_path))  # where SQLite puts what is beside it
+    with suppress(OSError):  # It is there, or cannot be made: SQLite tells why.
+        # Never opened when it is there: closing it again would end the locks of this process's connections.
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    for end in ("", "-wal", "-shm", "-journal"):
+        with suppress(OSError):  # It is not there.
+            beside = file.with_name(file.name + end)
+            found = beside.stat()
+            if found.st_mode & 0o007 and found.st_uid == os.geteuid():
+                beside.chmod(0o600)
+
+
 def _connect(file_path: str) -> sqlite3.Connection:
     connection = sqlite3.connect(file_path, timeout=_BUSY_SECONDS, isolation_level=None, cached_statements=512)
     try:
@@ -165,6 +184,7 @@ class SqliteClient(TortoiseSqliteClient):
     async def create_connection(self, with_db: bool) -> None:
         """Open the file once, so that a wrong path shows at the start."""
         await self._post_connect()
+        await asyncio.to_thread(_keep_private, self.filename)
         self._connections.release(await self._connections.acquire())
 
     async def close(self) -> None:

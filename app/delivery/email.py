@@ -33,7 +33,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from app import messages
-from app.settings import Settings
+from app.settings import Settings, make_folder
 
 _log = structlog.get_logger(__name__)
 
@@ -290,7 +290,7 @@ class FolderMailer:
         """Nothing is held."""
 
     def _try_to_write(self) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory)
         with tempfile.NamedTemporaryFile(dir=self._directory, prefix="."):
             pass
 
@@ -301,7 +301,7 @@ class FolderMailer:
                     file.unlink(missing_ok=True)
 
     def _write(self, message: EmailMessage) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory)
         name = f"{message['Date'].datetime:%Y%m%dT%H%M%SZ}-{_file_ending(message['Message-ID'])}"
         handle, draft = tempfile.mkstemp(dir=self._directory, prefix=".")  # readable by the owner only
         try:

@@ -140,7 +140,9 @@ class SubmitFeedbackInput:
 @strawberry.type(description="The feedback is kept.")
 class SubmitFeedbackSuccess:
     feedback: Feedback = describe("What was said.")
-    offers: list[Offer] = describe("The request's offers, with those that the reason brought.")
+    offers: list[Offer] = describe(
+        "The request's offers, with those that the reason brought. None for bearers of emailed links."
+    )
 
 
 SubmitFeedbackResult = Annotated[
@@ -148,6 +150,7 @@ SubmitFeedbackResult = Annotated[
     | NotFoundError
     | PermissionDeniedError
     | AccountStateError
+    | RequestStateError
     | InvalidInputError
     | IdempotencyConflictError,
     strawberry.union("SubmitFeedbackResult", description="What came of `submitFeedback`."),
@@ -696,7 +699,7 @@ class Mutation:
     @root(
         Access.ACTION,
         "Say why. Never a condition for confirming. After the cancellation, with the link of the email, until the "
-        "retention window ends.",
+        "retention window ends or the account is restarted.",
     )
     async def submit_feedback(self, info: Info, input: SubmitFeedbackInput) -> SubmitFeedbackResult | None:
         view = await feedback.submit(
@@ -707,7 +710,8 @@ class Mutation:
             idempotency_key=input.idempotency_key,
         )
         info.context.forget()
-        made = await info.context.offers.load(view.request_id)
+        by_link = info.context.call.identity.grant is not None
+        made = [] if by_link else await info.context.offers.load(view.request_id)
         return SubmitFeedbackSuccess(feedback=Feedback.of(view), offers=[Offer.of(offer) for offer in made])
 
     @root(Access.ACTION, "Take an alternative instead of canceling. The request is SAVED; the billing team is told.")

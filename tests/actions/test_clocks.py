@@ -164,6 +164,8 @@ async def tokens_are_judged_by_real_time(house: Stage, *wrong: Process) -> None:
 async def test_the_tokens_that_a_server_prints_are_good_although_its_clock_is_wrong(
     postgres_house: Stage, processes: Processes
 ) -> None:
+    # On a developer's machine: on a network none are printed.
+    processes.environ |= {"SUNSET_PUBLIC_URL": "http://sunset.example", "SUNSET_DEVELOPMENT_ON_NETWORK": "false"}
     with processes:
         wrong = [processes.serve(clock) for clock in WRONG.values()]
         await processes.ready(*wrong)

@@ -516,7 +516,7 @@ async def test_the_pages_behind_links_are_limited_too(house: Stage) -> None:
         token = await link(house, ALICE, purpose=LinkPurpose.FEEDBACK)
         form = {"token": token, "reason": "TOO_EXPENSIVE", "comment": ""}
         first, second = [await limited.client.post("/links/feedback", data=form) for _ in range(2)]
-        page = await limited.client.get("/links/feedback", params={"token": token})
+        page = await limited.client.get("/links/feedback", params={"token": token}, follow_redirects=True)
     assert (first.status_code, second.status_code, page.status_code) == (200, 429, 200)
     assert 0 < int(second.headers["retry-after"]) <= 60
     assert "Try again in" in second.text

@@ -9,7 +9,11 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from app import main
+from app.settings import Settings
 from app.web import graphiql
+from tests import cast
+from tests.rules.test_settings import PRODUCTION
 
 
 @pytest.fixture
@@ -93,3 +97,66 @@ def test_the_files_come_with_their_licenses_and_stay_small(client: TestClient) -
 @pytest.mark.parametrize("path", ["/graphiql/../graphiql.py", "/graphiql/%2e%2e/sunset.css", "/graphiql/nothing.js"])
 def test_no_other_file_is_served(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 404
+
+
+# ------------------------------------------------------------------------------------------------ under which names
+
+PAGES = ["/graphiql", "/graphiql/page.js", "/mailbox", "/mailbox/nothing.eml"]
+LOCAL = ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.8.8", "[::1]", "[::1]:8000"]
+FOREIGN = [
+    "evil.example",
+    "evil.example:8000",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example",
+    "10.0.0.5:8000",
+    "0.0.0.0:8000",
+    "[fe80::1]:8000",
+    "::1",
+    "localhost@evil.example",
+    "evil.example/localhost",
+    "localhost:8000:8000",
+    "",
+]
+
+
+async def asked(settings: Settings, path: str, *hosts: str) -> httpx2.Response:
+    """What an application that is not started answers to a request with these `Host` headers."""
+    headers = [(b"host", host.encode()) for host in hosts]
+    transport = httpx2.ASGITransport(app=main.create_app(settings))
+    async with httpx2.AsyncClient(transport=transport) as client:
+        request = client.build_request("GET", f"http://ignored{path}")
+        request.headers = httpx2.Headers(headers)
+        return await client.send(request)
+
+
+@pytest.mark.parametrize("path", PAGES)
+async def test_what_development_shows_to_anyone_is_shown_under_this_machines_names_alone(
+    tmp_path: Path, path: str
+) -> None:
+    """A stranger's page in a developer's browser may let its own name point here, and read what answers to it."""
+    settings = cast.settings(tmp_path, f"sqlite://{tmp_path / 'sunset.db'}")
+    for host in LOCAL:
+        assert (await asked(settings, path, host)).status_code in {200, 404}, host
+    for foreign in ([host] for host in FOREIGN):
+        refused = await asked(settings, path, *foreign)
+        assert (refused.status_code, refused.headers["content-type"]) == (403, "text/plain; charset=utf-8"), foreign
+        assert "localhost" in refused.text
+    assert (await asked(settings, path)).status_code == 403, "no name at all"
+    assert (await asked(settings, path, "localhost", "evil.example")).status_code == 403
+    assert (await asked(settings, "/schema.graphql", "evil.example")).status_code == 200, "the API has its own names"
+    assert (await asked(settings, "/mailboxes", "evil.example")).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/readyz?deep"])
+async def test_who_has_no_token_looks_inside_under_this_machines_names_alone(tmp_path: Path, path: str) -> None:
+    """In development, where no token is set; with one, the name does not matter."""
+    database = f"sqlite://{tmp_path / 'sunset.db'}"
+    refused = await asked(cast.settings(tmp_path, database), path, "evil.example")
+    assert refused.status_code == 403
+    token = cast.settings(tmp_path, database, SUNSET_METRICS_TOKEN="a-token-for-prometheus")
+    assert (await asked(token, path, "evil.example")).status_code == 401
+
+
+async def test_graphiql_that_production_turns_on_has_productions_name(tmp_path: Path) -> None:
+    settings = Settings.load({**PRODUCTION, "SUNSET_DATA_DIR": str(tmp_path), "SUNSET_GRAPHIQL": "true"})
+    assert (await asked(settings, "/graphiql", "cancel.example.com")).status_code == 200

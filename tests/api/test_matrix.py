@@ -169,7 +169,7 @@ submitFeedback
   csm, other_csm, billing, support denied
   stranger, host, gatekeeper       missing
   confirm_link                     denied    denied    denied    denied    removed   removed   removed   forbidden
-  feedback_link                    ok        ok        ok        ok        ok        ok        state     forbidden
+  feedback_link                    state     state     state     state     ok        ok        state     forbidden
   restart_link                     denied    denied    denied    denied    denied    denied    denied    forbidden
   ungranted_link                   missing   missing   missing   missing   missing   missing   missing   forbidden
   foreign_link                     missing

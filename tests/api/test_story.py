@@ -104,7 +104,7 @@ async def test_an_assisted_plan_goes_to_its_manager_and_a_member_confirms_by_the
     }
 
     token = links((await house.letters())[-1])["confirm"]
-    page = await house.client.get("/links/confirm", params={"token": token})
+    page = await house.client.get("/links/confirm", params={"token": token}, follow_redirects=True)
     assert page.status_code == 200
     assert (await house.ask(SUPPORT, STATUS, id=opened["account"]["id"]))["data"]["account"]["status"] == "ACTIVE"
     elsewhere = await house.post("{ viewer { name } }", token=token)

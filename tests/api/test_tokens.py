@@ -154,6 +154,7 @@ def with_provider(settings: Settings, provider: Provider, **more: str) -> Settin
             "SUNSET_DATA_DIR": str(settings.data_dir),
             "SUNSET_OIDC_ISSUER": provider.url,
             "SUNSET_OIDC_AUDIENCE": AUDIENCE,
+            "SUNSET_DEVELOPMENT_ON_NETWORK": "true",
             **more,
         }
     )

@@ -6,6 +6,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import urllib.request
@@ -18,7 +19,8 @@ import pytest
 from app import cli, policy
 from app.graphql.schema import printed
 from app.settings import Settings
-from tests.cli.conftest import Result, Run
+from tests.cast import Stage
+from tests.cli.conftest import Play, Result, Run
 
 PRODUCTION = {
     "SUNSET_ENVIRONMENT": "production",
@@ -75,6 +77,83 @@ def test_migrate_makes_the_database_and_can_be_repeated(sunset: Run, tmp_path: P
     assert "Applied" in first.out
     assert "Applied" not in second.out
     assert (tmp_path / "var" / "sunset.db").exists()
+
+
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    """What most machines have: new files can be read by everybody."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, str]:
+    return {
+        path.name: f"{stat.S_IMODE(path.stat().st_mode):o}"
+        for path in (folder, *folder.rglob("*"))
+        if path.suffix != ".eml"
+    }
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_what_is_kept_is_its_owners_alone(sunset: Run, play: Play, tmp_path: Path) -> None:
+    """Names, addresses and the key: from the first moment on, and while the database is in use, with its log."""
+    seen: list[dict[str, str]] = []
+
+    async def canceled(house: Stage) -> None:
+        await house.cancel()
+        assert await house.letters()
+        seen.append(modes(tmp_path / "var"))
+
+    play(canceled)
+    files = ["sunset.db", "sunset.db-wal", "sunset.db-shm", "sunset.db.migrate.lock", "secret.key"]
+    assert seen == [dict.fromkeys(["var", "mailbox"], "700") | dict.fromkeys(files, "600")]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "var" / "mailbox").iterdir()} == {0o600}
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_folders_that_are_made_on_the_way_are_their_owners_too(
+    sunset: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    above = tmp_path / "above"
+    above.mkdir(0o755)
+    monkeypatch.setenv("SUNSET_DATA_DIR", str(above / "one" / "two"))
+    assert sunset("migrate").status == 0
+    assert modes(above)["above"] == "755", "what was there is not touched"
+    assert (modes(above)["one"], modes(above)["two"]) == ("700", "700")
+
+
+@pytest.mark.parametrize("given", [0o644, 0o664, 0o606])
+def test_a_database_that_everybody_may_read_is_closed(play: Play, tmp_path: Path, given: int) -> None:
+    """As versions before this one made it; with the files beside it, which a process that was killed leaves."""
+    file = tmp_path / "var" / "sunset.db"
+    log = Path(f"{file}-wal")
+    log.touch()
+    for path in (file, log):
+        path.chmod(given)
+    seen: list[dict[str, str]] = []
+
+    async def look(_: Stage) -> None:
+        seen.append(modes(tmp_path / "var"))
+
+    play(look)
+    assert {seen[0][name] for name in ("sunset.db", "sunset.db-wal", "sunset.db-shm")} == {"600"}
+
+
+def test_access_that_a_group_was_given_stays(migrated: Run, tmp_path: Path) -> None:
+    file = tmp_path / "var" / "sunset.db"
+    file.chmod(0o640)
+    assert migrated("staff", "list").status == 0
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_a_database_elsewhere_by_a_link_is_its_owners_alone(sunset: Run, tmp_path: Path) -> None:
+    """SQLite makes the file at the link's end, and its log beside that."""
+    (tmp_path / "var").mkdir()
+    (tmp_path / "var" / "sunset.db").symlink_to(tmp_path / "disk.db")
+    assert sunset("migrate").status == 0
+    assert stat.S_IMODE((tmp_path / "disk.db").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(
@@ -176,6 +255,7 @@ def test_services_are_added_listed_and_deactivated(migrated: Run) -> None:
 def test_people_of_an_identity_provider_need_its_subject(migrated: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUNSET_OIDC_ISSUER", "https://id.company.example/")
     monkeypatch.setenv("SUNSET_OIDC_AUDIENCE", "sunset")
+    monkeypatch.setenv("SUNSET_DEVELOPMENT_ON_NETWORK", "true")
     add = ("staff", "add", "csm@vendor.example", "--name", "Casey Morgan", "--role", "SUPPORT")
     refused = migrated(*add)
     assert refused.status == 2
@@ -378,6 +458,43 @@ def test_serve_needs_no_set_up_and_keeps_its_data(serve: Callable[[], Served], s
     assert "support@vendor.example" not in second.told
     assert second.stop() == 0
     assert sunset("import", str(file)).out.startswith("0 accounts created, 0 updated, 1 unchanged")
+
+
+@pytest.mark.parametrize("command", [["serve", "--host", "0.0.0.0"], ["serve"], ["worker"]])  # noqa: S104
+def test_development_is_not_served_to_a_network_by_mistake(
+    sunset: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
+) -> None:
+    """By option or by variable: everybody on it would be an administrator."""
+    if "--host" not in command:
+        monkeypatch.setenv("SUNSET_HOST", "0.0.0.0")  # noqa: S104
+    told = one_line(sunset(*command))
+    assert "SUNSET_HOST is 0.0.0.0" in told
+    assert "SUNSET_ENVIRONMENT=production" in told
+    assert not (tmp_path / "var").exists()
+
+
+def test_on_a_network_no_token_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a container prints is its log, and more people read that than may be everybody."""
+    monkeypatch.setenv("SUNSET_DEVELOPMENT_ON_NETWORK", "true")
+    with subprocess.Popen(
+        [sys.executable, "-m", "app.cli", "serve", "--port", str(free_port())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        told = ""
+        for line in process.stdout:
+            told += line
+            if "sunset token" in line or "eyJ" in line:
+                break
+        process.terminate()
+        told += process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "/graphiql" in told
+    assert "sunset token --staff EMAIL" in told
+    assert "eyJ" not in told
 
 
 def test_serve_fails_when_its_port_is_taken() -> None:

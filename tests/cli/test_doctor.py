@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
@@ -20,6 +21,7 @@ CHECKS = [
     "settings",
     "policy",
     "mail",
+    "files",
     "database",
     "schema",
     "clock",
@@ -177,7 +179,7 @@ def test_a_server_that_is_away_is_a_failure_and_no_traceback(sunset: Run, monkey
 
 
 def test_a_schema_of_an_older_version_wants_migrating(sunset: Run, tmp_path: Path) -> None:
-    (tmp_path / "var").mkdir()
+    (tmp_path / "var").mkdir(mode=0o700)
     (tmp_path / "var" / "sunset.db").touch()
     result = sunset("doctor")
     assert "sunset migrate" in only_trouble(result, "schema", "FAIL")
@@ -275,6 +277,7 @@ def test_a_mail_server_that_does_not_answer_is_given_up(migrated: Run, monkeypat
 
 def test_a_mailbox_folder_that_cannot_be_written_is_a_failure(migrated: Run, tmp_path: Path) -> None:
     (tmp_path / "var" / "mailbox").write_text("a file where the folder should be")
+    (tmp_path / "var" / "mailbox").chmod(0o600)
     assert "mailbox" in only_trouble(migrated("doctor"), "mail", "FAIL")
 
 
@@ -378,3 +381,32 @@ def test_a_database_that_goes_away_meanwhile_is_a_failure(migrated: Run, monkeyp
     monkeypatch.setattr(invariants, "check", gone)
     result = migrated("doctor")
     assert "cannot be reached" in only_trouble(result, "database", "FAIL")
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("name", ["var", "var/mailbox", "var/secret.key"])
+def test_what_others_on_the_machine_may_look_at_is_named(sunset: Run, play: Play, tmp_path: Path, name: str) -> None:
+    """Folders that were there, or were made by an earlier version, are told of and left as they are."""
+    play(nothing)
+    (tmp_path / "var" / "mailbox").mkdir(mode=0o700)
+    path = tmp_path / name
+    path.chmod(0o755)
+    result = sunset("doctor")
+    assert "chmod" in only_trouble(result, "files", "warn")
+    assert f"      {path} (755)" in result.out.splitlines()
+    assert path.stat().st_mode & 0o777 == 0o755
+    path.chmod(0o750)
+    assert verdicts(sunset("doctor"))["files"] == "ok", "a group was let in on purpose"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_database_that_is_somebody_elses_is_told_of(sunset: Run, play: Play, tmp_path: Path) -> None:
+    play(nothing)
+    file = tmp_path / "var" / "sunset.db"
+    os.chown(file, 10_001, 10_001)
+    file.chmod(0o644)
+    result = sunset("doctor")
+    only_trouble(result, "files", "warn")
+    assert f"{file} (644)" in result.out

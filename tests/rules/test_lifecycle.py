@@ -45,7 +45,7 @@ CANCEL_ACCOUNT
 
 SUBMIT_FEEDBACK
   BILLING_MEMBER         yes     yes                 yes                   yes        yes       yes     state     state
-  FEEDBACK_LINK          yes     yes                 yes                   yes        yes       yes     state     state
+  FEEDBACK_LINK          state   state               state                 state      yes       yes     state     state
   everybody else         no      no                  no                    no         no        no      no        no
 
 ACCEPT_OFFER

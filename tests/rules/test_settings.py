@@ -60,11 +60,73 @@ def test_production_names_what_is_missing(name: str, empty: bool) -> None:
     assert any(problem.startswith(f"{name} is required") for problem in problems(environ))
 
 
-@pytest.mark.parametrize("name", ["DEVELOPMENT_ISSUER", "MAILBOX", "DEMO"])
+@pytest.mark.parametrize("name", ["DEVELOPMENT_ISSUER", "MAILBOX", "DEMO", "DEVELOPMENT_ON_NETWORK"])
 def test_production_refuses_what_is_for_development(name: str) -> None:
     [problem] = problems({**PRODUCTION, f"SUNSET_{name}": "true"})
 
     assert problem.startswith(f"SUNSET_{name} must be false in production")
+
+
+FORGOTTEN = [
+    ("HOST", "0.0.0.0"),  # noqa: S104
+    ("HOST", "::"),
+    ("HOST", "10.0.0.5"),
+    ("HOST", "cancel.internal"),
+    ("PUBLIC_URL", "https://cancel.example.com"),
+    ("OIDC_ISSUER", "https://id.example.com/"),
+    ("OIDC_ISSUER", "http://localhost:8080/realms/sunset"),
+]
+"""What a server has, and a developer's machine has not."""
+
+
+@pytest.mark.parametrize(("name", "value"), FORGOTTEN)
+@pytest.mark.parametrize("environment", [None, "development"])
+def test_an_environment_that_looks_forgotten_is_refused(name: str, value: str, environment: str | None) -> None:
+    """Development lets everybody be anyone: it is not what a server does that others can reach, unless that is said."""
+    environ = {f"SUNSET_{name}": value} | ({} if environment is None else {"SUNSET_ENVIRONMENT": environment})
+    if name == "OIDC_ISSUER":
+        environ["SUNSET_OIDC_AUDIENCE"] = "sunset"
+
+    [problem] = problems(environ)
+
+    assert problem.startswith(f"SUNSET_{name} is {value}")
+    assert "SUNSET_ENVIRONMENT=production" in problem
+    assert "SUNSET_DEVELOPMENT_ON_NETWORK=true" in problem
+    assert Settings.load({**environ, "SUNSET_DEVELOPMENT_ON_NETWORK": "true"}).environment == "development"
+
+
+def test_each_sign_of_a_forgotten_environment_is_told() -> None:
+    found = problems(
+        {
+            "SUNSET_HOST": "0.0.0.0",  # noqa: S104
+            "SUNSET_PUBLIC_URL": "https://cancel.example.com",
+            "SUNSET_OIDC_ISSUER": "https://id.example.com/",
+            "SUNSET_OIDC_AUDIENCE": "sunset",
+        }
+    )
+
+    assert [problem.split()[0] for problem in found] == ["SUNSET_HOST", "SUNSET_PUBLIC_URL", "SUNSET_OIDC_ISSUER"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HOST", "localhost"),
+        ("HOST", "127.0.0.2"),
+        ("HOST", "::1"),
+        ("PUBLIC_URL", "https://localhost:8443"),
+        ("PUBLIC_URL", "https://[::1]"),
+        ("PUBLIC_URL", "http://sunset.test"),
+    ],
+)
+def test_a_developers_machine_needs_no_permission(name: str, value: str) -> None:
+    assert not Settings.load({f"SUNSET_{name}": value}).development_on_network
+
+
+def test_a_bad_permission_is_one_problem() -> None:
+    [problem] = problems({"SUNSET_HOST": "0.0.0.0", "SUNSET_DEVELOPMENT_ON_NETWORK": "perhaps"})  # noqa: S104
+
+    assert problem.startswith("SUNSET_DEVELOPMENT_ON_NETWORK must be true or false")
 
 
 @pytest.mark.parametrize("name", ["PUBLIC_URL", "LINK_URL"])
@@ -235,11 +297,11 @@ def test_settings_tell_where_they_come_from(tmp_path: Path) -> None:
     [("0.0.0.0", "http://localhost:8000"), ("::", "http://localhost:8000"), ("::1", "http://[::1]:8000")],  # noqa: S104
 )
 def test_links_name_a_host_that_can_be_reached(host: str, url: str) -> None:
-    assert Settings.load({"SUNSET_HOST": host}).public_url == url
+    assert Settings.load({"SUNSET_HOST": host, "SUNSET_DEVELOPMENT_ON_NETWORK": "true"}).public_url == url
 
 
 def test_a_public_url_is_joined_without_doubling_the_slash() -> None:
-    assert Settings.load({"SUNSET_PUBLIC_URL": "https://h.example/app/"}).public_url == "https://h.example/app"
+    assert Settings.load({"SUNSET_PUBLIC_URL": "http://h.example/app/"}).public_url == "http://h.example/app"
 
 
 def test_an_issuer_is_kept_letter_for_letter() -> None:
@@ -249,7 +311,7 @@ def test_an_issuer_is_kept_letter_for_letter() -> None:
 
 def test_half_an_identity_provider_is_refused() -> None:
     """An issuer without an audience would accept tokens meant for others; an audience alone does nothing."""
-    [problem] = problems({"SUNSET_OIDC_ISSUER": "https://id.example.com"})
+    [problem] = problems({"SUNSET_OIDC_ISSUER": "https://id.example.com", "SUNSET_DEVELOPMENT_ON_NETWORK": "true"})
     assert problem.startswith("SUNSET_OIDC_AUDIENCE is required")
 
     [problem] = problems({"SUNSET_OIDC_AUDIENCE": "x"})
@@ -332,6 +394,7 @@ def test_the_development_key_is_kept_for_its_owner_alone(tmp_path: Path) -> None
     assert Settings.load(environ).derive_key("links") == first
     [file] = (tmp_path / "var").iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "var").stat().st_mode) == 0o700
 
 
 def derive(data_dir: str) -> bytes:
