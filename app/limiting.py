@@ -15,9 +15,8 @@ from math import ceil
 from typing import Any
 from uuid import UUID
 
-from app import db, errors
+from app import accounts, db, errors
 from app.auth import Call
-from app.lifecycle import Permission
 
 _MINUTE = 60_000
 """Milliseconds."""
@@ -70,8 +69,8 @@ def caller_key(issuer: str, subject: str) -> str:
 
 
 _MAY_MANAGE = (
-    "EXISTS (SELECT 1 FROM member m WHERE m.account_id = $2 AND m.issuer = $3 AND m.subject = $4 AND (m.role = 'ADMIN' "
-    f"OR ' ' || m.permissions || ' ' LIKE '% {Permission.ACCESS_BILLING_AND_ACCOUNT_INFO} %'))"
+    "EXISTS (SELECT 1 FROM member m WHERE m.account_id = $2 AND m.issuer = $3 AND m.subject = $4 "
+    f"AND {accounts.has_billing_permission_sql('m')})"
 )
 _IS_STAFF = (
     "EXISTS (SELECT 1 FROM account a, staff s "
