@@ -179,6 +179,32 @@ def has_access_sql(account: str) -> str:
     )
 
 
+def is_member_sql(member: str) -> str:
+    """Whether a row of `member`, of that alias, makes its person a member: not while they are staff or a service,
+    whoever was first. Staff opens cancellations and members confirm them, and nobody is to do both."""
+    same = f"issuer = {member}.issuer AND o.subject = {member}.subject AND o.deactivated_at IS NULL"
+    return f"NOT EXISTS (SELECT 1 FROM staff o WHERE o.{same}) AND NOT EXISTS (SELECT 1 FROM service o WHERE o.{same})"
+
+
+async def listed_insiders() -> int:
+    """How many rows of `member` make nobody a member: the host lists somebody who is staff or a service by now."""
+    row = await db.fetch_one(
+        "SELECT COUNT(*) AS listed FROM (SELECT issuer, subject FROM staff WHERE deactivated_at IS NULL UNION "
+        "SELECT issuer, subject FROM service WHERE deactivated_at IS NULL) o "
+        "JOIN member m ON m.issuer = o.issuer AND m.subject = o.subject"
+    )
+    assert row is not None
+    return int(row["listed"])
+
+
+def has_billing_permission_sql(member: str) -> str:
+    """`MemberView.has_billing_permission`, of a row of `member` of that alias that makes its person a member."""
+    return (
+        f"({member}.role = 'ADMIN' OR ' ' || {member}.permissions || ' ' "
+        f"LIKE '% {Permission.ACCESS_BILLING_AND_ACCOUNT_INFO} %') AND {is_member_sql(member)}"
+    )
+
+
 def view(row: Mapping[str, Any]) -> AccountView:
     """The account of a row with `COLUMNS`."""
     return AccountView(
@@ -356,8 +382,8 @@ def _account_conditions(where: _Where, wanted: AccountFilter) -> None:
     if wanted.person is not None:
         issuer, subject = wanted.person
         where.add(
-            "a.id IN (SELECT account_id FROM member "
-            f"WHERE issuer = {where.arg(issuer)} AND subject = {where.arg(subject)})"
+            "a.id IN (SELECT m.account_id FROM member m "
+            f"WHERE m.issuer = {where.arg(issuer)} AND m.subject = {where.arg(subject)} AND {is_member_sql('m')})"
         )
     if wanted.search:
         escaped = wanted.search.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
@@ -430,10 +456,13 @@ async def windows(
     account_ids: Sequence[UUID],
     after: tuple[Any, ...] | None,
     limit: int,
+    condition: str = "1 = 1",
 ) -> dict[UUID, list[dict[str, Any]]]:
-    """For each account up to `limit` rows of a table, largest `order` first, behind `after`. One statement for all."""
+    """For each account up to `limit` rows of a table that meet the condition, largest `order` first, behind `after`.
+    One statement for all."""
     where = _Where()
     where.add(where.one_of("account_id", account_ids))
+    where.add(condition)
     first, second = order
     if after is not None:
         where.add(f"({first}, {second}) < ({where.arg(after[0])}, {where.arg(after[1])})")
@@ -504,7 +533,7 @@ async def members_of(
     account_ids: Sequence[UUID], *, after: tuple[Any, ...] | None, limit: int
 ) -> dict[UUID, list[MemberView]]:
     """For each account up to `limit` members, newest first, behind `after`."""
-    found = await windows("member", _MEMBER, ("created_at", "id"), account_ids, after, limit)
+    found = await windows("member", _MEMBER, ("created_at", "id"), account_ids, after, limit, is_member_sql("member"))
     return {account_id: [member(row) for row in rows] for account_id, rows in found.items()}
 
 
@@ -513,7 +542,7 @@ async def memberships(issuer: str, subject: str, account_ids: Sequence[UUID]) ->
     if not account_ids:
         return {}
     where = _Where()
-    where.add(f"issuer = {where.arg(issuer)} AND subject = {where.arg(subject)}")
+    where.add(f"issuer = {where.arg(issuer)} AND subject = {where.arg(subject)} AND {is_member_sql('member')}")
     where.add(where.one_of("account_id", account_ids))
     rows = await db.fetch(f"SELECT {_MEMBER} FROM member WHERE {where.sql()}", *where.args)
     found = [member(row) for row in rows]
@@ -522,7 +551,7 @@ async def memberships(issuer: str, subject: str, account_ids: Sequence[UUID]) ->
 
 async def load_member(member_id: UUID) -> MemberView | None:
     """The member, whoever asks."""
-    row = await db.fetch_one(f"SELECT {_MEMBER} FROM member WHERE id = $1", member_id)
+    row = await db.fetch_one(f"SELECT {_MEMBER} FROM member WHERE id = $1 AND {is_member_sql('member')}", member_id)
     return member(row) if row else None
 
 
@@ -667,6 +696,9 @@ async def restart_requested_at(account_ids: Sequence[UUID]) -> dict[UUID, dateti
 
 
 async def member_count(account_id: UUID) -> int:
-    row = await db.fetch_one("SELECT COUNT(*) AS members FROM member WHERE account_id = $1", account_id)
+    """How many members it has."""
+    row = await db.fetch_one(
+        f"SELECT COUNT(*) AS members FROM member WHERE account_id = $1 AND {is_member_sql('member')}", account_id
+    )
     assert row is not None
     return int(row["members"])

@@ -95,9 +95,9 @@ class Caller:
     staff: StaffFacts | None
     service: ServiceFacts | None
     member: MemberView | None
-    """The caller's membership of the account asked about."""
+    """The caller's membership of the account asked about. Never of staff or of a service."""
     is_member: bool
-    """Of any account."""
+    """Of any account; of none while staff or a service."""
     has_live_account: bool
     """A member of some account whose members can sign in."""
     account: AccountView | None
@@ -168,8 +168,7 @@ class Caller:
                     relations.add(Relation.ACCOUNT_CSM)
             if self.service is not None:
                 relations.add(Relation.SERVICE)
-        # Staff who is also a member acts as what gives them the right.
-        if self.member is not None and (self.staff is None or self.member.has_billing_permission):
+        if self.member is not None:
             return Actor(
                 kind=ActorKind.MEMBER, id=self.member.id, name=self.member.name, relations=frozenset(relations)
             )
@@ -194,21 +193,23 @@ _OUTLIVING = frozenset({LinkPurpose.FEEDBACK, LinkPurpose.RESTART})
 """Links that are meant for after the cancellation."""
 
 # Always one row: the left side stands alone, everything that is known of the caller and the account is joined to it.
+# Staff and services are looked for first, and members among the others alone, as in `accounts.is_member_sql`.
+_NO_INSIDER = "s.id IS NULL AND v.id IS NULL"
 _IDENTIFY = f"""
 SELECT {{now}} AS now,
        s.id AS s_id, s.name AS s_name, s.email AS s_email, s.role AS s_role,
        v.id AS v_id, v.name AS v_name, v.scopes AS v_scopes,
        m.id AS m_id, m.account_id AS m_account_id, m.name AS m_name, m.email AS m_email, m.role AS m_role,
        m.permissions AS m_permissions, m.created_at AS m_created_at,
-       EXISTS (SELECT 1 FROM member o WHERE o.issuer = $1 AND o.subject = $2) AS is_member,
-       EXISTS (SELECT 1 FROM member o JOIN account l ON l.id = o.account_id
+       {_NO_INSIDER} AND EXISTS (SELECT 1 FROM member o WHERE o.issuer = $1 AND o.subject = $2) AS is_member,
+       {_NO_INSIDER} AND EXISTS (SELECT 1 FROM member o JOIN account l ON l.id = o.account_id
                WHERE o.issuer = $1 AND o.subject = $2 AND {{has_access}}) AS has_live_account,
        {accounts.COLUMNS}
 FROM (SELECT 1 AS one) q
 LEFT JOIN staff s ON s.issuer = $1 AND s.subject = $2 AND s.deactivated_at IS NULL
 LEFT JOIN service v ON v.issuer = $1 AND v.subject = $2 AND v.deactivated_at IS NULL
 LEFT JOIN account a ON a.id = $3
-LEFT JOIN member m ON m.account_id = a.id AND m.issuer = $1 AND m.subject = $2
+LEFT JOIN member m ON m.account_id = a.id AND m.issuer = $1 AND m.subject = $2 AND {_NO_INSIDER}
 {accounts.JOINS}
 """
 

@@ -6,6 +6,9 @@ a number of deletions for the next 24 hours.
 
 Two spans of 24 hours are looked at: the one that begins now, so that a wave is seen before its first deletion; and
 the one that ends now, so that no trick of the calendar lets more than the allowed number begin within a day.
+
+What the policy allows is a number, or a share of the accounts, of which those that are new (`NEW_FOR`) do not count:
+however many are invented today raise it by nothing. In an installation's first days the number alone allows.
 """
 
 from collections.abc import Sequence
@@ -29,6 +32,8 @@ from app.policy import Policy
 _log = structlog.stdlib.get_logger(__name__)
 
 SPAN = timedelta(hours=24)
+NEW_FOR = timedelta(days=30)
+"""For so long an account is new, by the installation's clock."""
 _NAME = "deletions"
 
 
@@ -107,7 +112,7 @@ async def read(policy: Policy, *, exact: bool = False) -> BreakerView:
         due=due,
         started=counted["started"],
         allowed=max(
-            await _allowed(policy, due, exact=exact), approval["approved_count"] if approval is not None else 0
+            await _allowed(policy, due, now, exact=exact), approval["approved_count"] if approval is not None else 0
         ),
         halted_at=db.as_datetime(row["tripped_at"]) if row is not None and halted else None,
         first_approved_at=db.as_datetime(row["first_approved_at"]) if row is not None and halted else None,
@@ -130,14 +135,16 @@ async def _settled_until(now: datetime) -> datetime:
     return since if ended is None else max(since, ended)
 
 
-async def _allowed(policy: Policy, due: int, *, exact: bool) -> int:
+async def _allowed(policy: Policy, due: int, now: datetime, *, exact: bool) -> int:
     """What the policy allows."""
     enough = ceil((due + 1) * 100 / policy.breaker_percent) if policy.breaker_percent else 0
     if not enough or (due < policy.breaker_at_least and not exact):
         return policy.breaker_at_least
-    limit = "" if exact else f"LIMIT {enough}"
+    limit = "" if exact else f"ORDER BY created_at LIMIT {enough}"  # the oldest first, by their index
     row = await db.fetch_one(
-        f"SELECT COUNT(*) AS accounts FROM (SELECT 1 FROM account WHERE status <> 'DELETED' {limit}) counted"
+        "SELECT COUNT(*) AS accounts FROM (SELECT 1 FROM account WHERE status <> 'DELETED' AND created_at <= $1 "
+        f"{limit}) counted",
+        now - NEW_FOR,
     )
     assert row is not None
     return lifecycle.deletions_allowed(row["accounts"], policy.breaker_at_least, policy.breaker_percent)

@@ -374,9 +374,10 @@ Create and update accounts from a file of JSON Lines: one account a line.
 An account (on one line) has **reference**, **name**, **planCode**, and may have **currentPeriodEnd**
 (2027-01-31T00:00:00Z), **csmEmail** (an active Customer Success Manager) and **members**.
 
-**members** are all of the account's members: who is not in the list is removed. Left out, they stay as they are. A
-member has **subject**, **email**, **name**, **role** (ADMIN or MEMBER), and may have **permissions**
-(["ACCESS_BILLING_AND_ACCOUNT_INFO"]) and **issuer** (left out: the one that this installation trusts).
+**members** are all of the account's members: who is not in the list is removed, also while the account is canceled.
+Left out, they stay as they are. Who is staff or a service cannot be one. A member has **subject**, **email**, **name**,
+**role** (ADMIN or MEMBER), and may have **permissions** (["ACCESS_BILLING_AND_ACCOUNT_INFO"]) and **issuer** (left out:
+the one that this installation trusts).
 
 Bad lines are told with their number and reason, and all others are imported; the exit status is then 1. Importing
 again changes nothing, and no import changes the state of a cancellation.
@@ -1221,12 +1222,22 @@ def staff_add(
     settings = _settings()
     issuer, subject = _identity(settings, issuer, subject, staff_subject(email.lower()))
 
-    async def add() -> None:
+    async def add() -> int:
         async with _database(settings):
             await provisioning.add_staff(email=email, name=name, role=role, issuer=issuer, subject=subject)
+            return await provisioning.memberships(issuer, subject)
 
-    _run(add())
+    accounts = _run(add())
     print(f"{email.lower()} is staff now, as {role.value}.")
+    _tell_memberships(accounts)
+
+
+def _tell_memberships(accounts: int) -> None:
+    if accounts:
+        print(
+            f"{accounts:,} accounts list this subject as a member, which it is not for as long: let the host stop "
+            "listing it, or its syncs of these accounts are refused."
+        )
 
 
 @staff_commands.command("list")
@@ -1275,12 +1286,14 @@ def service_add(
     settings = _settings()
     issuer, subject = _identity(settings, issuer, subject, service_subject(name))
 
-    async def add() -> None:
+    async def add() -> int:
         async with _database(settings):
             await provisioning.add_service(name=name, scopes=frozenset(scope), issuer=issuer, subject=subject)
+            return await provisioning.memberships(issuer, subject)
 
-    _run(add())
+    accounts = _run(add())
     print(f"{name} is a service now, with {', '.join(sorted(scope))}.")
+    _tell_memberships(accounts)
 
 
 @service_commands.command("list")

@@ -15,7 +15,7 @@ from pathlib import Path
 import asyncpg
 from tortoise.exceptions import OperationalError
 
-from app import alarms, db, errors, invariants, main, provisioning, restores
+from app import accounts, alarms, db, errors, invariants, main, provisioning, restores
 from app.auth import Installation
 from app.db import Database, sqlite_path
 from app.db.migrate import pending, unknown
@@ -137,6 +137,7 @@ async def _inside(settings: Settings, shared: Installation | None, database: Dat
         checks += [
             await _restores(shared),
             await _plans(shared),
+            await _members(),
             await _enforcing_systems(shared),
             *await _alarms(shared),
         ]
@@ -196,6 +197,16 @@ async def _plans(shared: Installation) -> Check:
     except PolicyError as error:
         return _fail("plans", f"{error}. Put them into the policy file.")
     return _ok("plans", "the policy has every plan in use")
+
+
+async def _members() -> Check:
+    if listed := await accounts.listed_insiders():
+        return _warn(
+            "members",
+            f"{listed:,} {'member is' if listed == 1 else 'members are'} staff or a service, and so no member for as "
+            "long. The host's syncs of their accounts are refused until it stops listing them.",
+        )
+    return _ok("members", "none of them is staff or a service")
 
 
 async def _enforcing_systems(shared: Installation) -> Check:

@@ -100,7 +100,8 @@ CATALOGUE: Final[Mapping[TransitionType, About]] = {
         more=("restartableUntil",),
     ),
     TransitionType.RESTARTED: About(
-        description="The account is active again, with its members as they were. Let them in and send their messages."
+        description="The account is active again, with the members whom the host names by now. Let them in, send their "
+        "messages, and sync the members if they were dropped."
     ),
     TransitionType.DELETION_REMINDER: About(
         description="The members were reminded that the account's data will be deleted.",

@@ -8,9 +8,10 @@
 * reference, name, planCode: required.
 * currentPeriodEnd: when the paid period ends, as 2027-01-31T00:00:00Z. csmEmail: the address of an active Customer
   Success Manager. Left out or null: the account has none.
-* members: all of the account's members; who is not in the list is removed. Left out or null: they stay as they are.
-  A member has subject, email, name and role (ADMIN or MEMBER), and may have permissions
-  (["ACCESS_BILLING_AND_ACCOUNT_INFO"]) and issuer (left out: this installation's).
+* members: all of the account's members; who is not in the list is removed, also while the account is canceled. Left out
+  or null: they stay as they are. Who is staff or a service cannot be one. A member has subject, email, name and role
+  (ADMIN or MEMBER), and may have permissions (["ACCESS_BILLING_AND_ACCOUNT_INFO"]) and issuer (left out: this
+  installation's).
 
 A line that cannot be used is told with its number and reason, and the others are imported. Importing the same file
 again changes nothing; of two lines with one reference, the later one holds. Blank lines are skipped.

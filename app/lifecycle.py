@@ -539,7 +539,8 @@ def reminders(deletion_scheduled_for: datetime, days: Iterable[int], sent: Colle
 
 
 def deletions_allowed(accounts: int, at_least: int, percent: float) -> int:
-    """How many deletions may fall due within 24 hours before all of them are stopped."""
+    """How many deletions may fall due within 24 hours before all of them are stopped. `accounts`: those that count,
+    which new ones do not."""
     return max(at_least, math.floor(accounts * percent / 100))
 
 

@@ -128,7 +128,8 @@ class Account(Model):
 
 
 class Member(Model):
-    """One person in one account.
+    """One person in one account, as the host has listed them; no member of it while they are staff or a service
+    (`accounts.is_member_sql`).
 
     Kept by the database: role is a MemberRole; (account, issuer, subject) unique; index on (issuer, subject).
     """

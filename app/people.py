@@ -5,13 +5,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from tortoise.expressions import Q
-
-from app import outbox
+from app import accounts, db, outbox
 from app.errors import Contact
-from app.lifecycle import LinkPurpose, MemberRole, Permission
+from app.lifecycle import LinkPurpose
 from app.messages import Email, Link
-from app.models import Member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,27 +20,30 @@ class Recipient:
 
 
 async def with_billing_permission(account_id: UUID) -> list[Recipient]:
-    """The account's members who have the billing permission now: every ADMIN, and each MEMBER to whom it is granted."""
-    members = await Member.filter(
-        Q(role=MemberRole.ADMIN) | Q(permissions__contains=Permission.ACCESS_BILLING_AND_ACCOUNT_INFO),
-        account_id=account_id,
-    ).order_by("id")
-    return [_recipient(member) for member in members]
+    """The account's members who have the billing permission now: every ADMIN, and each MEMBER to whom it is granted.
+    Nobody, where the host names none any more."""
+    return await _select(f"m.account_id = $1 AND {accounts.has_billing_permission_sql('m')}", account_id)
 
 
 async def member(member_id: UUID | None) -> Recipient | None:
-    """One member; None when they have been removed since."""
-    found = await Member.get_or_none(id=member_id)
-    return None if found is None else _recipient(found)
+    """One member; None when they are one no more."""
+    found = await _select(f"m.id = $1 AND {accounts.is_member_sql('m')}", member_id)
+    return found[0] if found else None
 
 
-def _recipient(member: Member) -> Recipient:
-    return Recipient(
-        member_id=member.id,
-        issuer=member.issuer,
-        subject=member.subject,
-        contact=Contact(name=member.name, email=member.email),
+async def _select(condition: str, key: UUID | None) -> list[Recipient]:
+    rows = await db.fetch(
+        f"SELECT m.id, m.issuer, m.subject, m.name, m.email FROM member m WHERE {condition} ORDER BY m.id", key
     )
+    return [
+        Recipient(
+            member_id=db.as_uuid(row["id"]),
+            issuer=row["issuer"],
+            subject=row["subject"],
+            contact=Contact(name=row["name"], email=row["email"]),
+        )
+        for row in rows
+    ]
 
 
 def link(

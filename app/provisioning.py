@@ -9,7 +9,7 @@ Knows no file format, no GraphQL and no caller: whoever calls has been authorize
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ import orjson
 from app import changes, db, deletion, errors, history
 from app.auth import Installation
 from app.lifecycle import AccountStatus, MemberRole, Permission, Scope, StaffRole
-from app.models import Account, Service, Staff
+from app.models import Account, Member, Service, Staff
 from app.policy import Policy
 
 MAX_ITEMS = 500
@@ -66,7 +66,7 @@ class AccountItem:
     csm_email: str | None = None
     """The account's Customer Success Manager."""
     members: Sequence[MemberItem] | None = None
-    """All members: who is not in it is removed. None leaves them as they are."""
+    """All members: who is not in it is removed, also while the account is canceled. None leaves them as they are."""
 
 
 class Outcome(StrEnum):
@@ -83,6 +83,9 @@ class ItemResult:
     reference: str
     outcome: Outcome
     account_id: UUID | None = None
+    members_added: int = 0
+    members_changed: int = 0
+    members_removed: int = 0
     refusal: errors.InvalidInput | None = None
 
 
@@ -174,9 +177,10 @@ class _DryRun(Exception):
 async def sync(installation: Installation, items: Sequence[AccountItem], *, dry_run: bool = False) -> list[ItemResult]:
     """Create or update the accounts, all in one transaction, and answer for each item, in order.
 
-    Repeating it changes nothing. A refused item (see `check`; also an unknown Customer Success Manager, an account
-    whose deletion has begun, a reference that stands twice in the batch) leaves the others alone. The accounts' rows
-    are locked, so a member whose permission is taken away here either confirmed before or cannot any more.
+    Repeating it changes nothing. A refused item (see `check`; also an unknown Customer Success Manager, a member who is
+    staff or a service, an account whose deletion has begun, a reference that stands twice in the batch) leaves the
+    others alone. The accounts' rows are locked, so a member whose permission is taken away here either confirmed before
+    or cannot any more, and a restart brings back those who are named before it or after it, never during.
     `dry_run` does everything and rolls back. Raises `InvalidInput` for a batch that is too large.
     """
     if len(items) > MAX_ITEMS:
@@ -215,8 +219,9 @@ class _Batch:
         self._ids: dict[str, UUID] = {}
         self._created: set[UUID] = set()
         self._changed: set[UUID] = set()
-        self._canceled: set[UUID] = set()
-        """Their members stay, whatever the host lists: a restart brings them back as they were."""
+        self._members_added: Counter[UUID] = Counter()
+        self._members_changed: Counter[UUID] = Counter()
+        self._members_removed: Counter[UUID] = Counter()
 
     def results(self) -> list[ItemResult]:
         return [self._result(index, item) for index, item in enumerate(self._items)]
@@ -230,10 +235,17 @@ class _Batch:
             outcome = Outcome.CREATED
         else:
             outcome = Outcome.UPDATED if id_ in self._changed else Outcome.UNCHANGED
-        return ItemResult(reference=item.reference, outcome=outcome, account_id=id_)
+        return ItemResult(
+            reference=item.reference,
+            outcome=outcome,
+            account_id=id_,
+            members_added=self._members_added[id_],
+            members_changed=self._members_changed[id_],
+            members_removed=self._members_removed[id_],
+        )
 
     async def run(self) -> None:
-        managers = await self._managers()
+        managers, insiders = await self._managers(), await self._insiders()
         places: defaultdict[str, list[int]] = defaultdict(list)
         for index, item in enumerate(self._items):
             places[item.reference].append(index)
@@ -247,6 +259,12 @@ class _Batch:
                     raise errors.InvalidInput(
                         f"No active Customer Success Manager has the address {item.csm_email!r}.", field="csmEmail"
                     )
+                for place, member in enumerate(item.members or ()):
+                    if (kind := insiders.get(self._identity_of(member))) is not None:
+                        raise errors.InvalidInput(
+                            f"The subject belongs to {kind}; staff and services cannot be members of an account.",
+                            field=f"members[{place}].subject",
+                        )
             except errors.InvalidInput as refusal:
                 self._refusals[index] = refusal
             else:
@@ -273,6 +291,20 @@ class _Batch:
             "SELECT id, email FROM staff WHERE role = 'CUSTOMER_SUCCESS_MANAGER' AND deactivated_at IS NULL"
         )
         return {row["email"]: db.as_uuid(row["id"]) for row in rows if row["email"] in addresses}
+
+    async def _insiders(self) -> dict[tuple[str, str], str]:
+        """Who is staff or a service, by issuer and subject. Whoever becomes so while this batch runs is listed as a
+        member then, and is none (`accounts.is_member_sql`)."""
+        if not any(item.members for item in self._items):
+            return {}
+        rows = await db.fetch(
+            "SELECT issuer, subject, 'staff' AS kind FROM staff WHERE deactivated_at IS NULL UNION ALL "
+            "SELECT issuer, subject, 'a service' AS kind FROM service WHERE deactivated_at IS NULL"
+        )
+        return {(row["issuer"], row["subject"]): row["kind"] for row in rows}
+
+    def _identity_of(self, member: MemberItem) -> tuple[str, str]:
+        return member.issuer or self._member_issuer, member.subject
 
     def _account_row(self, item: AccountItem, managers: dict[str, UUID]) -> dict[str, Any]:
         return {
@@ -325,8 +357,6 @@ class _Batch:
         for row in rows:
             reference, id_ = row["reference"], db.as_uuid(row["id"])
             self._ids[reference] = id_
-            if AccountStatus(row["status"]) is AccountStatus.CANCELED:
-                self._canceled.add(id_)
             if AccountStatus(row["status"]) in {AccountStatus.DELETING, AccountStatus.DELETED}:
                 self._refuse(reference, _gone())
                 del wanted[reference]
@@ -363,45 +393,48 @@ class _Batch:
         accounts = [
             {"account_id": self._ids[reference]}
             for reference, item in self._accepted.items()
-            if item.members is not None and self._ids[reference] not in self._created | self._canceled
+            if item.members is not None and self._ids[reference] not in self._created
         ]
-        rows = _json(
-            [
-                {
-                    "id": db.uuid7(),
-                    "account_id": self._ids[reference],
-                    "issuer": member.issuer or self._member_issuer,
-                    "subject": member.subject,
-                    "email": member.email,
-                    "name": member.name,
-                    "role": member.role.value,
-                    "permissions": " ".join(sorted(member.permissions)),
-                }
-                for reference, item in self._accepted.items()
-                for member in item.members or ()
-            ]
-        )
-        touched: list[dict[str, Any]] = []
+        listed = [
+            {
+                "id": db.uuid7(),
+                "account_id": self._ids[reference],
+                "issuer": self._identity_of(member)[0],
+                "subject": member.subject,
+                "email": member.email,
+                "name": member.name,
+                "role": member.role.value,
+                "permissions": " ".join(sorted(member.permissions)),
+            }
+            for reference, item in self._accepted.items()
+            for member in item.members or ()
+        ]
+        rows = _json(listed)
         if accounts:
-            touched += await db.fetch(
+            removed = await db.fetch(
                 f"DELETE FROM member WHERE account_id IN (SELECT account_id FROM {_rowset(account_id='uuid')}) "
                 "AND (account_id, issuer, subject) NOT IN "
                 f"(SELECT account_id, issuer, subject FROM {_rowset(parameter='$2', **_MEMBER)}) RETURNING account_id",
                 _json(accounts),
                 rows,
             )
-        touched += await db.fetch(
+            self._members_removed.update(db.as_uuid(row["account_id"]) for row in removed)
+        written = await db.fetch(
             "INSERT INTO member (id, account_id, issuer, subject, email, name, role, permissions, created_at) "
             "SELECT id, account_id, issuer, subject, email, name, role, permissions, $2 "
             f"FROM {_rowset(**_MEMBER)} WHERE NOT EXISTS (SELECT 1 FROM member m WHERE m.account_id = r.account_id "
             "AND m.issuer = r.issuer AND m.subject = r.subject AND m.email = r.email AND m.name = r.name "
             "AND m.role = r.role AND m.permissions = r.permissions) "
             "ON CONFLICT (account_id, issuer, subject) DO UPDATE SET email = excluded.email, name = excluded.name, "
-            "role = excluded.role, permissions = excluded.permissions RETURNING account_id",
+            "role = excluded.role, permissions = excluded.permissions RETURNING account_id, id",
             rows,
             now,
         )
-        self._changed.update(db.as_uuid(row["account_id"]) for row in touched)
+        new = {member["id"] for member in listed}
+        for row in written:
+            counted = self._members_added if db.as_uuid(row["id"]) in new else self._members_changed
+            counted[db.as_uuid(row["account_id"])] += 1
+        self._changed.update(*(self._members_added, self._members_changed, self._members_removed))
 
 
 _ACCOUNT = {"id": "uuid", "name": "text", "plan_code": "text", "current_period_end": "timestamptz", "csm_id": "uuid"}
@@ -448,8 +481,9 @@ def _milliseconds(value: datetime | None) -> datetime | None:
 async def add_staff(*, email: str, name: str, role: StaffRole, issuer: str, subject: str) -> Staff:
     """A new person of the company, known to tokens by issuer and subject. Addresses are kept in lower case.
 
-    Somebody who was deactivated is activated again, as they are described now. Raises `InvalidInput` when an active
-    person has the address, or anybody else the subject.
+    Somebody who was deactivated is activated again, as they are described now. Whoever is a member of accounts is none
+    from now on, for as long as they are staff. Raises `InvalidInput` when an active person has the address, or anybody
+    else the subject.
     """
     _email(email, "email")
     _text(name, "name")
@@ -471,6 +505,7 @@ async def add_staff(*, email: str, name: str, role: StaffRole, issuer: str, subj
         person.name, person.role, person.issuer, person.subject = name, role, issuer, subject
         person.deactivated_at = None
         await person.save(force_create=is_new)
+        await changes.announce_all()
     return person
 
 
@@ -499,8 +534,9 @@ async def list_staff() -> list[Staff]:
 async def add_service(*, name: str, scopes: frozenset[Scope], issuer: str, subject: str) -> Service:
     """Another system of the company, known to tokens by issuer and subject.
 
-    One that was deactivated is activated again, as it is described now. Raises `InvalidInput` when an active service
-    has the name, or any other the subject, and for no scopes at all.
+    One that was deactivated is activated again, as it is described now. Like staff, it is no member of any account from
+    now on. Raises `InvalidInput` when an active service has the name, or any other the subject, and for no scopes at
+    all.
     """
     _text(name, "name", MAX_SERVICE_NAME_LENGTH)
     _identity(issuer, "issuer")
@@ -520,6 +556,7 @@ async def add_service(*, name: str, scopes: frozenset[Scope], issuer: str, subje
         service.scopes = frozenset(scope.value for scope in scopes)
         service.issuer, service.subject, service.deactivated_at = issuer, subject, None
         await service.save(force_create=is_new)
+        await changes.announce_all()
     return service
 
 
@@ -533,6 +570,11 @@ async def deactivate_service(name: str) -> None:
             service.deactivated_at = await db.now()
             await service.save(update_fields=["deactivated_at"])
             await changes.announce_all()
+
+
+async def memberships(issuer: str, subject: str) -> int:
+    """How many accounts list somebody as a member, whatever else they are."""
+    return await Member.filter(issuer=issuer, subject=subject).count()
 
 
 async def list_services() -> list[Service]:

@@ -1,5 +1,6 @@
 """Restarting a canceled account inside its retention window, and asking the billing team for it."""
 
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -12,13 +13,22 @@ from app.messages import AccountRestarted, RestartRequested
 from app.models import Account, CancellationRequest, DeletionHold, DeletionReminder, RestartRequest
 
 
-async def restart(call: Call, account_id: UUID | None, *, idempotency_key: str | None = None) -> AccountView:
-    """Bring a canceled account back: ACTIVE, without a deletion date or a hold, its members as they were. The
-    cancellation, its feedback and its history stay. Refuses with `RestartWindowClosed` when the window has ended."""
+@dataclass(frozen=True, kw_only=True)
+class Restarted:
+    """What `restart` did. `members`: how many of them have access again."""
+
+    account: AccountView
+    members: int
+
+
+async def restart(call: Call, account_id: UUID | None, *, idempotency_key: str | None = None) -> Restarted:
+    """Bring a canceled account back: ACTIVE, without a deletion date or a hold. Its members are those whom the host
+    names by now: who was removed meanwhile does not return. The cancellation, its feedback and its history stay.
+    Refuses with `RestartWindowClosed` when the window has ended."""
     await limiting.admit(call, Action.RESTART_ACCOUNT, account_id)
     async with db.transaction():
         acting = await act_on(call, Action.RESTART_ACCOUNT, account_id)
-        await idempotency.once(
+        answer = await idempotency.once(
             call.identity,
             "restartAccount",
             idempotency_key,
@@ -27,8 +37,10 @@ async def restart(call: Call, account_id: UUID | None, *, idempotency_key: str |
             lambda: _restart(call.installation, acting),
         )
         account = await accounts.load(acting.account.id)
+        # A record of before an upgrade does not have the number.
+        members = answer["members"] if "members" in answer else await accounts.member_count(acting.account.id)
     assert account is not None
-    return account
+    return Restarted(account=account, members=members)
 
 
 async def _restart(installation: Installation, acting: Acting) -> dict[str, Any]:
@@ -71,7 +83,7 @@ async def _restart(installation: Installation, acting: Acting) -> dict[str, Any]
         now=now,
         mail_domain=installation.mail_domain,
     )
-    return {}
+    return {"members": await accounts.member_count(account.id)}
 
 
 async def request_restart(call: Call, *, note: str | None = None) -> AccountView:

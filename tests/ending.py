@@ -142,7 +142,7 @@ async def many_canceled(house: Stage, number: int, end: datetime, prefix: str = 
         ]
     )
     await db.execute(
-        "UPDATE account SET status = 'CANCELED', epoch = 1, canceled_at = $1, restartable_until = $2, "
+        "UPDATE account SET status = 'CANCELED', epoch = 1, created_at = $1, canceled_at = $1, restartable_until = $2, "
         "deletion_scheduled_for = $2 WHERE reference LIKE $3",
         canceled_at,
         end,

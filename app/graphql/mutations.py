@@ -280,9 +280,15 @@ class RestartAccountInput:
     idempotency_key: str | None = strawberry.field(default=None, description=_KEY)
 
 
-@strawberry.type(description="The account is active again, its members as they were.")
+@strawberry.type(
+    description="The account is active again, with the members whom the host names by now. Who was removed while it "
+    "was canceled does not return."
+)
 class RestartAccountSuccess:
     account: Account = describe("The account.")
+    members_regaining_access: int = describe(
+        "How many members have access again. Where it is 0, the host has removed all, and names them by its next sync."
+    )
 
 
 RestartAccountResult = Annotated[
@@ -452,7 +458,9 @@ class AccountSyncInput:
         default=None, description="The address of its Customer Success Manager, who is staff."
     )
     members: list[MemberSyncInput] | None = strawberry.field(
-        default=None, description="All of its members: who is not listed is removed. Left out: they stay as they are."
+        default=None,
+        description="All of its members: who is not listed is removed at once, also while the account is canceled. Who "
+        "is staff or a service cannot be one. Left out: they stay as they are.",
     )
 
 
@@ -466,6 +474,9 @@ class SyncedAccount:
     reference: str = describe("As given.")
     outcome: Outcome = describe("What became of it.")
     account_id: strawberry.ID | None = describe("The account's id; null when refused.")
+    members_added: int = describe("How many members it has more by this.")
+    members_changed: int = describe("How many of its members are described differently now.")
+    members_removed: int = describe("How many members it had and has no more.")
     error: InvalidInputError | None = describe("Why it was refused; null when it was not.")
 
 
@@ -760,10 +771,10 @@ class Mutation:
 
     @root(Access.ACTION, "Bring a canceled account back inside its retention window. The billing team's alone.")
     async def restart_account(self, info: Info, input: RestartAccountInput) -> RestartAccountResult | None:
-        account = await restart.restart(
+        done = await restart.restart(
             info.context.call, nodes.decode_as(Kind.ACCOUNT, input.account_id), idempotency_key=input.idempotency_key
         )
-        return RestartAccountSuccess(account=await _shown(info, account))
+        return RestartAccountSuccess(account=await _shown(info, done.account), members_regaining_access=done.members)
 
     @root(
         Access.RESTART_LINK,
@@ -834,6 +845,9 @@ class Mutation:
                     account_id=None
                     if one.account_id is None
                     else strawberry.ID(nodes.encode(Kind.ACCOUNT, one.account_id)),
+                    members_added=one.members_added,
+                    members_changed=one.members_changed,
+                    members_removed=one.members_removed,
                     error=None
                     if one.refusal is None
                     else InvalidInputError(message=one.refusal.message, field=one.refusal.field),

@@ -11,10 +11,10 @@ from uuid import UUID
 import pytest
 
 from app import breaker, db, deletion, errors, restart
-from app.breaker import State
+from app.breaker import NEW_FOR, State
 from app.db import Database
 from tests.cast import ALICE, BILLING, CSM, FINANCE, SUPPORT, Stage, stage
-from tests.ending import DAY, HOUR, MOMENT, StoppedClock, count, many_canceled
+from tests.ending import DAY, HOUR, MOMENT, StoppedClock, count, many, many_canceled
 
 ALLOWED = 10
 """Of the shipped policy: with as few accounts as here, the share does not matter."""
@@ -94,6 +94,7 @@ async def test_a_share_of_all_accounts_may_go(
 ) -> None:
     """Half of eight; of nine, half is rounded down."""
     async with half_may_go(database, tmp_path) as house:
+        clock.forward(NEW_FOR)
         await many_canceled(house, number, clock.now)
         await house.timers().run()
         assert await begun() == goes
@@ -103,6 +104,7 @@ async def test_deleted_accounts_are_no_part_of_all_accounts(
     database: Database, tmp_path: Path, clock: StoppedClock
 ) -> None:
     async with half_may_go(database, tmp_path) as house:
+        clock.forward(NEW_FOR)
         await many_canceled(house, 4, clock.now)
         await house.worker().drain()
         assert await count("account", "status = 'DELETED'") == 4
@@ -110,6 +112,54 @@ async def test_deleted_accounts_are_no_part_of_all_accounts(
         await many_canceled(house, 5, clock.now, "later")  # of nine that are left
         await house.timers().run()
         assert await begun() == 4
+
+
+async def test_accounts_that_the_host_has_just_invented_raise_nothing(house: Stage, clock: StoppedClock) -> None:
+    """Whoever has the secret of provisioning makes two thousand, of which one in a hundred would be twenty."""
+    clock.forward(NEW_FOR)
+    await many_canceled(house, ALLOWED + 1, clock.now)
+    await many(house, 2_000, "invented")
+    for _ in range(2):
+        await house.timers().run()
+        assert (await begun(), await state(house)) == (0, State.HALTED)
+        assert (await breaker.read(house.installation.policy, exact=True)).allowed == ALLOWED
+        clock.forward(NEW_FOR - MOMENT)
+    clock.forward(MOMENT)
+    assert (await breaker.read(house.installation.policy, exact=True)).allowed == 20
+
+
+async def test_accounts_count_from_their_thirtieth_day_on(
+    database: Database, tmp_path: Path, clock: StoppedClock
+) -> None:
+    """In its first days the number alone allows, however many an installation has begun with."""
+    async with half_may_go(database, tmp_path) as house:
+        await many(house, 4)
+        for moved, allowed in ((NEW_FOR - MOMENT, 1), (MOMENT, 4)):
+            clock.forward(moved)
+            view = await breaker.read(house.installation.policy, exact=True)
+            assert view.allowed == allowed
+
+
+@pytest.mark.postgres
+async def test_the_accounts_that_count_are_found_by_an_index(
+    postgres_house: Stage, clock: StoppedClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest first, and no more than it takes: not all that were made since, however many these are."""
+    await many(postgres_house, 2_000, "invented")
+    await many_canceled(postgres_house, ALLOWED + 1, clock.now)
+    await db.execute("ANALYZE account")
+    plans: list[str] = []
+    fetch_one = db.fetch_one
+
+    async def explained(sql: str, *args: Any) -> Any:
+        if "created_at" in sql:
+            plans.extend(str(row["QUERY PLAN"]) for row in await db.fetch(f"EXPLAIN {sql}", *args))
+        return await fetch_one(sql, *args)
+
+    monkeypatch.setattr(db, "fetch_one", explained)
+    await breaker.read(postgres_house.installation.policy)
+    assert any("account_created" in line for line in plans)
+    assert not any("Seq Scan" in line for line in plans)
 
 
 async def test_a_wave_is_seen_before_its_first_deletion(house: Stage, clock: StoppedClock) -> None:

@@ -85,7 +85,7 @@ async def test_of_500_restarts_and_deletions_each_has_one_winner(postgres_databa
             row = await account(account_id)
             outcomes[row["status"]] += 1
             if row["status"] == "ACTIVE":
-                assert answer.id == account_id
+                assert answer.account.id == account_id
                 assert await steps(account_id) == ["restarted"]
                 assert (begun[account_id], row["epoch"]) == (0, 2)
             else:

@@ -50,7 +50,7 @@ async def test_a_restart_that_is_repeated_with_its_key_succeeds_every_time_and_h
     await confirm(house, await asked(house))
     call, account_id = await house.call(BILLING), await house.account_key("acme")
     answers = await asyncio.gather(*(restart.restart(call, account_id, idempotency_key="k") for _ in range(IDENTICAL)))
-    assert {answer.status for answer in answers} == {"ACTIVE"}
+    assert {answer.account.status for answer in answers} == {"ACTIVE"}
     restarts = await db.fetch("SELECT epoch FROM transition WHERE type = 'account.restarted'")
     assert [row["epoch"] for row in restarts] == [2]
     with pytest.raises(errors.AccountStateRefused):
@@ -109,7 +109,7 @@ async def test_a_refused_attempt_is_not_remembered(house: Stage) -> None:
     with pytest.raises(errors.AccountStateRefused):
         await restart.restart(call, account_id, idempotency_key="k")
     await confirm(house, await asked(house))
-    assert (await restart.restart(call, account_id, idempotency_key="k")).status == "ACTIVE"
+    assert (await restart.restart(call, account_id, idempotency_key="k")).account.status == "ACTIVE"
 
 
 async def test_a_key_does_not_make_guessing_free(house: Stage) -> None:

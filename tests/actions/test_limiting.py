@@ -197,6 +197,14 @@ async def test_a_member_without_a_say_uses_up_nothing_of_the_accounts(house: Sta
     assert await attempts(2, ALICE, house=house) == ["AccountStateRefused", "RateLimited"]
 
 
+async def test_staff_who_is_listed_as_a_member_uses_up_nothing_of_the_members(house: Stage) -> None:
+    """The host lists who they please; staff has an allowance of its own."""
+    house.installation = replace(house.installation, rate_limit_account=1)
+    await db.execute("UPDATE member SET subject = $1 WHERE email = $2", subject(SUPPORT), CAROL)
+    assert await attempts(3, SUPPORT, house=house) == ["PermissionDenied", "RateLimited", "RateLimited"]
+    assert await attempts(2, ALICE, house=house) == ["AccountStateRefused", "RateLimited"]
+
+
 async def test_members_cannot_lock_the_billing_team_out(house: Stage) -> None:
     """Nor former ones, whose tokens live on."""
     house.installation = replace(house.installation, rate_limit_account=2)

@@ -17,6 +17,7 @@ from app.db import Database
 from app.lifecycle import AccountStatus, MemberRole, Scope
 from app.live import Change
 from app.provisioning import AccountItem, MemberItem
+from app.tokens import DEVELOPMENT_ISSUER
 from tests import cast
 from tests.cast import ALICE, BILLING, BOB, CSM, GATEKEEPER, GINA, HOST, SUPPORT, Stage
 from tests.postgres import PostgresServer
@@ -211,6 +212,20 @@ async def test_ends_for_who_is_a_member_no_more(house: Stage, waits: asyncio.Eve
     async with watched(house, BOB) as stream:
         coming = await waiting(stream, waits)
         await sync_members(house, ALICE)
+        with pytest.raises(errors.Forbidden):
+            await coming
+
+
+async def test_ends_for_a_member_whose_subject_becomes_a_services(house: Stage, waits: asyncio.Event) -> None:
+    """Which is a member of nothing, and has not the scope to watch."""
+    async with watched(house, ALICE) as stream:
+        coming = await waiting(stream, waits)
+        await provisioning.add_service(
+            name="robot",
+            scopes=frozenset({Scope.PROVISION}),
+            issuer=DEVELOPMENT_ISSUER,
+            subject=cast.subject(ALICE),
+        )
         with pytest.raises(errors.Forbidden):
             await coming
 

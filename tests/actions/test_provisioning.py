@@ -193,16 +193,34 @@ async def test_who_is_not_listed_is_removed_and_who_stays_keeps_their_id(
 
 
 async def test_a_cancellation_is_left_as_it_is(database: Database, installation: Installation) -> None:
-    """Name and plan of a canceled account follow the host; status and dates do not, and nobody is removed: a restart
-    brings its members back as they were."""
+    """Name, plan and members of a canceled account follow the host; status and dates do not."""
     await only(installation, ACME)
     await force_status("acme", "CANCELED")
-    before = await row("acme")
-    result = await only(installation, replace(ACME, name="Acme Ltd", plan_code="startup", members=(ALICE,)))
+    before, alice = await row("acme"), (await members_of("acme"))["alice"]
+    result = await only(installation, replace(ACME, name="Acme Ltd", plan_code="startup", members=(ALICE, BOB)))
     after = await row("acme")
     assert Outcome.UPDATED is result.outcome
     assert before | {"name": "Acme Ltd", "plan_code": "startup"} == after
-    assert {"alice", "carol"} == set(await members_of("acme"))
+    members = await members_of("acme")
+    assert {"alice", "bob"} == set(members)
+    assert alice.id == members["alice"].id
+
+
+async def test_what_became_of_the_members_is_counted_for_each_account(
+    database: Database, installation: Installation
+) -> None:
+    globex = replace(GLOBEX, members=(ALICE, BOB))
+
+    async def counted(*items: AccountItem) -> list[tuple[int, int, int]]:
+        results = await provisioning.sync(installation, items)
+        return [(one.members_added, one.members_changed, one.members_removed) for one in results]
+
+    assert await counted(ACME, globex) == [(2, 0, 0), (2, 0, 0)]
+    assert await counted(ACME, globex) == [(0, 0, 0), (0, 0, 0)]
+    moved = replace(ALICE, email="alice@new.example")
+    assert await counted(replace(ACME, members=(moved, BOB)), replace(globex, members=(BOB,))) == [(1, 1, 1), (0, 0, 1)]
+    assert await counted(replace(ACME, members=None), replace(globex, members=())) == [(0, 0, 0), (0, 0, 1)]
+    assert await counted(replace(ACME, plan_code="gold", members=())) == [(0, 0, 0)]
 
 
 @pytest.mark.parametrize("status", ["DELETING", "DELETED"])
@@ -246,6 +264,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"members": (ALICE, BOB, replace(BOB, name="Twin"))}, "members[2].subject"),
     ({"members": (ALICE, replace(ALICE, issuer="https://id.example/"))}, "members[1].subject"),
     ({"members": tuple(replace(BOB, subject=str(n)) for n in range(1_001))}, "members"),
+    ({"members": (ALICE, replace(BOB, issuer=DEVELOPMENT_ISSUER, subject="staff:billing"))}, "members[1].subject"),
+    ({"members": (ALICE, replace(BOB, issuer=DEVELOPMENT_ISSUER, subject="service:host"))}, "members[1].subject"),
 ]
 
 
@@ -260,7 +280,10 @@ async def test_a_bad_item_is_refused_by_name_and_spoils_no_other(
         name="Billie Stone",
         role=StaffRole.BILLING_TEAM,
         issuer=DEVELOPMENT_ISSUER,
-        subject="staff:billing@vendor.example",
+        subject="staff:billing",
+    )
+    await provisioning.add_service(
+        name="host", scopes=frozenset({Scope.PROVISION}), issuer=DEVELOPMENT_ISSUER, subject="service:host"
     )
     refused, other = await provisioning.sync(installation, [replace(ACME, **change), GLOBEX])
     assert (refused.outcome, other.outcome) == (Outcome.REFUSED, Outcome.CREATED)

@@ -8,6 +8,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 from uuid import UUID
 
@@ -16,9 +17,10 @@ import pytest
 
 from app import cancellation, db, demo, errors, offers, provisioning, restart
 from app.cancellation import Requested
-from app.lifecycle import FeedbackReason, MemberRole, Permission
+from app.lifecycle import FeedbackReason, MemberRole, Permission, StaffRole
 from app.provisioning import AccountItem, MemberItem, Outcome
-from tests.cast import ALICE, BILLING, CAROL, Stage
+from app.tokens import DEVELOPMENT_ISSUER
+from tests.cast import ALICE, BILLING, CAROL, Stage, subject
 
 pytestmark = pytest.mark.postgres
 
@@ -288,7 +290,95 @@ async def test_a_sync_that_takes_the_permission_away_and_a_confirm_have_an_order
             assert await statuses(account_id) == ["CANCELED", "EFFECTIVE"]
 
 
+async def test_a_sync_that_removes_a_member_and_a_restart_have_an_order(postgres_house: Stage) -> None:
+    """Whichever is first: who was removed is no member afterwards, and the restart tells whom it has let in."""
+    for number, account_id in enumerate(await raced(postgres_house)):
+        await canceled(postgres_house, account_id)
+        alice, carol = described(number).members or ()
+        synced, restarted = await together(
+            provisioning.sync(postgres_house.installation, [replace(described(number), members=[carol])]),
+            restart.restart(await postgres_house.call(BILLING), account_id),
+        )
+        assert [(result.outcome, result.members_removed) for result in synced] == [(Outcome.UPDATED, 1)]
+        assert restarted.members == 1 + (await told(account_id))["account-restarted", alice.email]
+        with pytest.raises((errors.Forbidden, errors.NotFound)):
+            await asked(postgres_house, account_id)
+        assert (await asked(postgres_house, account_id, CAROL)).confirmation_token is not None
+
+
+async def test_a_sync_that_names_members_and_the_erasure_have_an_order(postgres_house: Stage) -> None:
+    """No deleted account has members, and none is named to one that is being deleted."""
+    ids = await raced(postgres_house, 4)
+    for account_id in ids:
+        await canceled(postgres_house, account_id)
+    await postgres_house.worker().drain()
+    await db.execute(
+        "UPDATE account SET canceled_at = canceled_at - interval '61 days', reminder_due_at = NULL, "
+        "restartable_until = restartable_until - interval '61 days', "
+        "deletion_scheduled_for = deletion_scheduled_for - interval '61 days' WHERE status = 'CANCELED'"
+    )
+    for turn in range(4):
+        items = [described(number, carol=frozenset(Permission) if turn % 2 else frozenset()) for number in range(4)]
+        _, synced = await together(postgres_house.timers().run(), provisioning.sync(postgres_house.installation, items))
+        assert {result.outcome for result in synced} <= {Outcome.UPDATED, Outcome.REFUSED}
+        await postgres_house.worker().drain()
+    for account_id in ids:
+        assert (await account(account_id))["status"] == "DELETED"
+        assert await db.fetch("SELECT 1 FROM member WHERE account_id = $1", account_id) == []
+
+
+async def test_a_sync_and_a_hiring_of_the_same_person_leave_nobody_on_both_sides(postgres_house: Stage) -> None:
+    """Listed or refused, whichever is first: staff has no member's relation."""
+    for number, account_id in enumerate(await raced(postgres_house)):
+        who, item = f"hired-{number}@vendor.example", described(number)
+        insider = MemberItem(subject=subject(who), email=who, name="Hired", role=MemberRole.ADMIN)
+        synced, hired = await together(
+            provisioning.sync(postgres_house.installation, [replace(item, members=[*(item.members or ()), insider])]),
+            provisioning.add_staff(
+                email=who,
+                name="Hired",
+                role=StaffRole.CUSTOMER_SUCCESS_MANAGER,
+                issuer=DEVELOPMENT_ISSUER,
+                subject=subject(who),
+            ),
+        )
+        assert hired.email == who
+        assert [result.outcome for result in synced] in ([Outcome.UPDATED], [Outcome.REFUSED])
+        request = await asked(postgres_house, account_id)
+        with pytest.raises(errors.PermissionDenied, match="staff never does"):
+            await confirm(postgres_house, request, who)
+
+
 # -------------------------------------------------------------------------------------------------- arranged races
+
+
+async def test_a_restart_that_waited_for_a_sync_counts_who_is_left(postgres_house: Stage) -> None:
+    (account_id,) = await raced(postgres_house, 1)
+    await canceled(postgres_house, account_id)
+    async with held(account_id) as other:
+        await other.execute("DELETE FROM member WHERE account_id = $1 AND email = $2", account_id, ALICE)
+        late = asyncio.create_task(restart.restart(await postgres_house.call(BILLING), account_id))
+        await waiting()
+    assert (await late).members == 1
+    assert (await told(account_id))["account-restarted", ALICE] == 0
+
+
+async def test_a_confirm_that_waited_sees_that_the_member_has_become_staff(postgres_house: Stage) -> None:
+    (account_id,) = await raced(postgres_house, 1)
+    request = await asked(postgres_house, account_id)
+    async with held(account_id):
+        late = asyncio.create_task(confirm(postgres_house, request))
+        await waiting()
+        await provisioning.add_staff(
+            email="alice@vendor.example",
+            name="Alice Adams",
+            role=StaffRole.CUSTOMER_SUCCESS_MANAGER,
+            issuer=DEVELOPMENT_ISSUER,
+            subject=subject(ALICE),
+        )
+    with pytest.raises(errors.PermissionDenied):
+        await late
+    assert await statuses(account_id) == ["ACTIVE", "PENDING_CONFIRMATION"]
 
 
 async def test_a_confirm_that_waited_sees_that_the_permission_is_gone(postgres_house: Stage) -> None:

@@ -252,6 +252,26 @@ def test_services_are_added_listed_and_deactivated(migrated: Run) -> None:
     assert migrated("service", "add", "other", "--scope", "everything").status == 2
 
 
+def test_who_is_listed_as_a_member_can_become_staff_and_the_operator_is_told(migrated: Run, tmp_path: Path) -> None:
+    file = tmp_path / "accounts.jsonl"
+    file.write_text(account_line())
+    assert migrated("import", str(file)).status == 0
+    alice = ("--subject", "member:alice@acme.example")
+    told = "accounts list this subject as a member"
+    nobody = migrated("staff", "add", "sam@vendor.example", "--name", "Sam", "--role", "SUPPORT")
+    assert told not in nobody.out
+    added = migrated("staff", "add", "alice@vendor.example", "--name", "Alice", "--role", "SUPPORT", *alice)
+    assert (added.status, f"1 {told}" in added.out) == (0, True)
+    system = migrated("service", "add", "robot", "--scope", "gate", *alice)
+    assert f"1 {told}" in system.out
+    refused = migrated("import", str(file))
+    assert refused.status == 1
+    assert "members[0].subject: The subject belongs to" in refused.err
+    assert migrated("staff", "deactivate", "alice@vendor.example").status == 0
+    assert migrated("service", "deactivate", "robot").status == 0
+    assert "1 unchanged" in migrated("import", str(file)).out
+
+
 def test_people_of_an_identity_provider_need_its_subject(migrated: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUNSET_OIDC_ISSUER", "https://id.company.example/")
     monkeypatch.setenv("SUNSET_OIDC_AUDIENCE", "sunset")

@@ -28,6 +28,7 @@ CHECKS = [
     "clock_offset",
     "restores",
     "plans",
+    "members",
     "enforcing_systems",
     *alarms.Name,
     "invariants",
@@ -307,6 +308,12 @@ def test_a_deletion_that_is_overdue_is_a_failure(sunset: Run, play: Play) -> Non
     assert verdicts(sunset("doctor"))["deletions_overdue"] == "ok"
     play(later(timedelta(minutes=20), nothing))
     assert "1 deletion " in only_trouble(sunset("doctor"), "deletions_overdue", "FAIL")
+
+
+def test_members_who_are_staff_are_a_warning(sunset: Run, play: Play) -> None:
+    """They are none, and the host does not know why its syncs are refused."""
+    play(doing("UPDATE staff SET subject = 'member:alice@acme.example' WHERE email = 'support@vendor.example'"))
+    assert "1 member is staff" in only_trouble(sunset("doctor"), "members", "warn")
 
 
 def test_halted_deletions_are_a_failure(sunset: Run, play: Play) -> None:
