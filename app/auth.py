@@ -5,10 +5,13 @@ services by scope. So a permission, a member or an account's access that is take
 request, however long the token lives.
 """
 
+import time
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Final
 from uuid import UUID
 
 import structlog
@@ -224,13 +227,53 @@ async def identify(call: Call, account_id: UUID | None = None) -> Caller:
     caller = await _read(call, account_id)
     if caller.identity.grant is not None and caller.identity.expires_at <= caller.now:
         raise errors.Unauthenticated("The link has expired.")
+    _refuse_unknown(caller)
+    await _refuse_removed(call, caller)
+    return caller
+
+
+def _refuse_unknown(caller: Caller) -> None:
     if not caller.is_known:
         raise errors.Forbidden(
             "The token is valid, and nobody here goes by it: it belongs to no member, staff or service. "
             "Ask an admin of your account to add you."
         )
-    await _refuse_removed(call, caller)
-    return caller
+
+
+class KnownCallers:
+    """Who was known to the database within the last minute, in this process's memory.
+
+    It says whose request is worth reading, and how much of it, and permits nothing: what the request asks for is
+    answered to who is known then, by the database. Somebody who is not known is looked for each time, so that they are
+    served as soon as they are added.
+    """
+
+    SECONDS: ClassVar[float] = 60.0
+    _MOST: Final = 10_000
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: OrderedDict[tuple[str, str], tuple[float, frozenset[str]]] = OrderedDict()
+        """Until when, and with which scopes."""
+
+    async def require(self, call: Call) -> frozenset[str]:
+        """The scopes of the caller, who has some when they are a service. Raises `Forbidden` for somebody this
+        installation does not know; members whose access is removed, and bearers of links, are known."""
+        key, now = (call.identity.issuer, call.identity.subject), self._clock()
+        until, scopes = self._known.get(key, _NEVER)
+        if now < until:
+            return scopes
+        self._known.pop(key, None)
+        caller = await _read(call, None)
+        _refuse_unknown(caller)
+        scopes = caller.service.scopes if caller.service is not None else frozenset()
+        self._known[key] = now + self.SECONDS, scopes
+        if len(self._known) > self._MOST:
+            self._known.popitem(last=False)
+        return scopes
+
+
+_NEVER: Final[tuple[float, frozenset[str]]] = float("-inf"), frozenset()
 
 
 async def _read(call: Call, account_id: UUID | None) -> Caller:

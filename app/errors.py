@@ -168,7 +168,7 @@ class Unauthenticated(RequestError):
 
 
 class Forbidden(RequestError):
-    """The caller is known and may not use this field at all."""
+    """Nobody here goes by the token, or its bearer may not use this field at all."""
 
     code = "FORBIDDEN"
     http_status = 403

@@ -24,8 +24,8 @@ from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import alarms, db, errors, metrics, policy, restores, tracing
-from app.auth import Call, Installation
+from app import alarms, db, errors, lifecycle, metrics, policy, restores, tracing
+from app.auth import Call, Installation, KnownCallers
 from app.db import Database
 from app.db.migrate import pending
 from app.delivery.email import mailer_from_settings
@@ -196,6 +196,7 @@ class _Service:
         self.settings = settings
         self.installation = shared
         self.database: Database | None = None
+        self._known_callers = KnownCallers()
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -231,7 +232,7 @@ class _Service:
             await task
 
     async def context(self, authorization: str) -> Context:
-        """Who asks, by the token in such a header. What they may do is read with the operation."""
+        """Who asks, by the token in such a header: somebody known here. What they may do is read with the operation."""
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise errors.Unauthenticated("Send a token: `Authorization: Bearer ...`.")
@@ -241,7 +242,9 @@ class _Service:
             identity = await self.installation.tokens.verify(token.strip())
             return Call(identity=identity, installation=self.installation)
 
-        return Context(await authenticate(), authenticate)
+        call = await authenticate()
+        scopes = await self._known_callers.require(call)
+        return Context(call, authenticate, sends_batches=lifecycle.Scope.PROVISION in scopes)
 
     async def ready(self, request: Request) -> Response:
         """Whether requests can be served now: the database answers. `?deep`, for who may look inside, says too what
@@ -323,11 +326,17 @@ def create_app(settings: Settings, shared: Installation | None = None) -> Starle
     `installation` makes of the settings, where the caller has made it already."""
     service = _Service(settings, shared or installation(settings))
     operations = Operations(
-        SCHEMA, gate=Context.require_caller, refusals=_REFUSALS, timeout=service.installation.request_timeout
+        SCHEMA,
+        gate=Context.require_caller,
+        refusals=_REFUSALS,
+        new_documents=settings.rate_limit_documents,
+        timeout=service.installation.request_timeout,
     )
     streams = Places(settings.streams, most_each=max(settings.streams // 100, 1))
     who = attrgetter("caller")
-    graphql = GraphQLEndpoint(operations, context=service.context, who=who, streams=streams)
+    graphql = GraphQLEndpoint(
+        operations, context=service.context, who=who, sends_batches=attrgetter("sends_batches"), streams=streams
+    )
     websocket = WebSocketEndpoint(
         operations, context=service.context, who=who, lifetime=attrgetter("lifetime"), streams=streams
     )

@@ -553,6 +553,15 @@ class Settings:
             parse=partial(_integer, least=0, most=100_000),
         )
     )
+    rate_limit_documents: int = field(
+        metadata=_setting(
+            "How many documents that are new to a process one caller may send it in a minute, each counted once for "
+            "every 1,000 characters; 0: no limit. What a process has read before is not counted.",
+            default="120",
+            example="60",
+            parse=partial(_integer, least=0, most=100_000),
+        )
+    )
     metrics_token: str = field(
         metadata=_setting(
             "The bearer token that Prometheus sends for `/metrics` and `/readyz?deep`. Without one, they answer in "

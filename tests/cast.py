@@ -145,6 +145,7 @@ def settings(directory: Path, database_url: str, **environ: str) -> Settings:
             "SUNSET_DATABASE_POOL_SIZE": "8",
             "SUNSET_RATE_LIMIT_CALLER": "0",
             "SUNSET_RATE_LIMIT_ACCOUNT": "0",
+            "SUNSET_RATE_LIMIT_DOCUMENTS": "0",
             **environ,
         }
     )

@@ -63,6 +63,7 @@ class Processes:
             "SUNSET_WORKER": "false",
             "SUNSET_RATE_LIMIT_CALLER": "0",
             "SUNSET_RATE_LIMIT_ACCOUNT": "0",
+            "SUNSET_RATE_LIMIT_DOCUMENTS": "0",
             "SUNSET_LOG_FORMAT": "json",
             "SUNSET_PUBLIC_URL": "https://sunset.example",
             "SUNSET_DEVELOPMENT_ON_NETWORK": "true",

@@ -23,10 +23,12 @@ Slice = tuple[UUID, tuple[Any, ...] | None, int]
 class Context:
     """One request's context, or one event's. Its loaders live no longer: nothing read for one caller serves another.
 
-    `authenticate` verifies again, for a subscription, whose call it is."""
+    `authenticate` verifies again, for a subscription, whose call it is. `sends_batches` says whether they provision:
+    their requests may be large."""
 
-    def __init__(self, call: Call, authenticate: Callable[[], Awaitable[Call]]) -> None:
+    def __init__(self, call: Call, authenticate: Callable[[], Awaitable[Call]], *, sends_batches: bool) -> None:
         self.call = call
+        self.sends_batches = sends_batches
         self._authenticate = authenticate
 
     @property
@@ -51,7 +53,7 @@ class Context:
 
     def forget(self) -> None:
         """Begin with empty loaders: a mutation has changed what an earlier one of the same document had read."""
-        self.__dict__ = {"call": self.call, "_authenticate": self._authenticate}
+        self.__dict__ = {name: self.__dict__[name] for name in ("call", "sends_batches", "_authenticate")}
 
     async def renew(self) -> Call:
         """Begin anew with the next event of a subscription: with empty loaders, and a caller whose token still holds.

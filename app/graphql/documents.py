@@ -129,9 +129,13 @@ class Documents:
         self.valid: Recent[Document] = Recent(entries=1_000, characters=500_000)
         self.invalid: Recent[Rejection] = Recent(entries=200, characters=100_000)
 
+    def remembered(self, query: str) -> Document | Rejection | None:
+        """What was prepared of this text before; None when it is new, or forgotten."""
+        return self.valid.get(query) or self.invalid.get(query)
+
     def prepare(self, query: str) -> Document | Rejection:
         """The document of this text; the same object as last time while it is remembered."""
-        if known := self.valid.get(query) or self.invalid.get(query):
+        if known := self.remembered(query):
             return known
         prepared = self._prepare(query)
         if isinstance(prepared, Document):
@@ -158,6 +162,8 @@ class Documents:
 
     def _parse(self, query: str) -> DocumentNode:
         limits = self._limits
+        if query.count("\n") + query.count("\r") >= limits.tokens:
+            raise self._too_long()
         try:
             ast = parse(
                 query,
@@ -169,16 +175,20 @@ class Documents:
         except GraphQLSyntaxError as error:
             # The parser's limits and its syntax errors differ in this ending alone.
             if error.description.endswith("Parsing aborted."):
-                raise errors.OperationTooComplex(
-                    f"The document is nested too deeply, or longer than the {limits.query_characters} characters, "
-                    f"{limits.tokens} tokens and {limits.tokens} comments allowed.",
-                    limit="tokens",
-                    maximum=limits.tokens,
-                ) from None
+                raise self._too_long() from None
             raise
         if "\\u" in query:
             visit(ast, _NoNul())
         return ast
+
+    def _too_long(self) -> errors.OperationTooComplex:
+        characters, tokens = self._limits.query_characters, self._limits.tokens
+        return errors.OperationTooComplex(
+            f"The document is nested too deeply, or longer than the {characters} characters, {tokens} tokens, {tokens} "
+            f"comments and {tokens} lines allowed.",
+            limit="tokens",
+            maximum=tokens,
+        )
 
 
 class _NoNul(Visitor):

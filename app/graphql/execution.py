@@ -8,7 +8,7 @@ Of an error only what was written for clients is shown; everything else is logge
 no transport, and not the schema's fields, tokens or rows: who asks is the business of the context that it is given.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -27,6 +27,7 @@ from strawberry.execution.is_awaitable import optimized_is_awaitable
 from app import db, errors, metrics
 from app.errors import RateLimited
 from app.graphql import scalars
+from app.graphql.allowance import Allowance
 from app.graphql.documents import (
     MAX_ERRORS,
     UNREADABLE,
@@ -38,7 +39,7 @@ from app.graphql.documents import (
     innermost,
 )
 from app.graphql.executor import Executor
-from app.graphql.limits import Limits
+from app.graphql.limits import Budget, Limits
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -109,6 +110,9 @@ class Operations(Generic[Context]):
 
     `refusals` are the names of the types that stand for an expected refusal; answers of one are counted as such.
 
+    `new_documents` is how many documents that are not remembered one caller may send in a minute, each counted once for
+    every 1,000 characters that it begins; 0: no limit.
+
     `timeout` bounds `gate` and the execution together, and that of each event of a subscription: what takes longer is
     canceled and raises `Unavailable`, like a database that is away.
     """
@@ -120,6 +124,7 @@ class Operations(Generic[Context]):
         gate: Callable[[Context], Awaitable[None]],
         refusals: Collection[str] = frozenset(),
         limits: Limits | None = None,
+        new_documents: int = 0,
         timeout: timedelta = timedelta(seconds=10),
     ) -> None:
         if schema.extensions or schema.directives:
@@ -130,14 +135,20 @@ class Operations(Generic[Context]):
         self._schema = schema
         self._gate = gate
         self._refusals = refusals
+        self._allowance = Allowance(new_documents)
 
-    def prepare(self, parameters: Parameters) -> Prepared | Answer:
-        """The operation to execute, or the answer that refuses it."""
-        document = self.documents.prepare(parameters.query)
+    def prepare(self, parameters: Parameters, caller: Hashable) -> Prepared | Answer:
+        """The operation to execute, or the answer that refuses it. Raises `RateLimited` when the document is new, and
+        the caller has sent too many of those."""
+        document = self.documents.remembered(parameters.query)
+        if document is None:
+            self._allowance.spend(caller, 1 + len(parameters.query) // 1_000)
+            document = self.documents.prepare(parameters.query)
         if isinstance(document, Rejection):
             return _refusing(document.errors)
         try:
             operation = document.select(parameters.operation_name)
+            _refuse_long_lists(parameters.variables or {}, self.limits.list_items)
         except errors.BadUserInput as refusal:
             return refused(refusal)
         return Prepared(document, operation, parameters)
@@ -267,17 +278,22 @@ def checked(raw: object) -> Parameters:
     return Parameters(query, name or None, variables)
 
 
-def parsed(text: bytes | str, what: str) -> Any:
-    """JSON, as it is. Raises `Malformed`."""
+def parsed(text: bytes | str, what: str, budget: Budget) -> Any:
+    """JSON, as it is. Raises `Malformed`, also for more values than the budget allows: those are not parsed at all.
+
+    Each value but the first follows a comma or an opening bracket, and to count these takes a tenth of the time."""
+    marks = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
+    if sum(map(text.count, marks)) > budget.values:  # type: ignore[arg-type]  # marks are of the text's kind
+        raise Malformed(f"{what} has more than the {budget.values} values (commas and opening brackets) allowed.")
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
         raise Malformed(f"{what} is not valid JSON in UTF-8.") from None
 
 
-def loads(text: bytes | str, what: str, *, depth: int) -> object:
-    """JSON without what no operation can use: deep nesting, U+0000. Raises `Malformed`."""
-    value: object = parsed(text, what)
+def loads(text: bytes | str, what: str, budget: Budget, *, depth: int) -> object:
+    """JSON without what no operation can use: deep nesting, U+0000. Raises `Malformed`, as `parsed` does."""
+    value: object = parsed(text, what, budget)
     # Only escapes can put a NUL into JSON, and only brackets make it deep: most texts need no walk.
     raw = text.encode() if isinstance(text, str) else text
     if b"\\u0000" in raw or raw.count(b"[") + raw.count(b"{") > depth:
@@ -302,6 +318,20 @@ def refuse_deep_or_nul(value: object, depth: int) -> None:
             elif isinstance(item, str) and "\0" in item:
                 raise Malformed("The request contains the character U+0000.")
         level = below
+
+
+def _refuse_long_lists(variables: Mapping[str, Any], longest: int) -> None:
+    """Raise `BadUserInput` for a list that no action takes, before each of its items is read as its type."""
+    for name, value in variables.items():
+        pending = [value]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, dict):
+                pending.extend(item.values())
+            elif isinstance(item, list):
+                if len(item) > longest:
+                    raise errors.BadUserInput(f"Variable `${name[:100]}` has a list of more than {longest} items.")
+                pending.extend(item)
 
 
 def dumps(body: Mapping[str, Any]) -> bytes:

@@ -39,6 +39,7 @@ from app.graphql.execution import (
     refuse_deep_or_nul,
     refused,
 )
+from app.graphql.limits import Budget
 from app.graphql.places import Places
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -72,7 +73,8 @@ class GraphQLEndpoint(Generic[Context]):
     `context` makes what resolvers see as `info.context` of the `Authorization` header's value, "" where there is none.
     It is called once per request, before the body is read, and raises `errors.Unauthenticated` when nobody acceptable
     asks; other `RequestError`s refuse the request as they say. It is bounded by the operations' time limit, as the
-    execution is; the client's own slowness in sending is not.
+    execution is; the client's own slowness in sending is not. `sends_batches` says of a context whether its requests
+    may be as large as a batch is.
 
     `streams` bounds how many subscriptions are open at a time, in all and of one caller, which is what `who` makes of a
     context.
@@ -88,11 +90,13 @@ class GraphQLEndpoint(Generic[Context]):
         *,
         context: Callable[[str], Awaitable[Context]],
         who: Callable[[Context], Hashable],
+        sends_batches: Callable[[Context], bool] = lambda _: False,
         streams: Places,
     ) -> None:
         self._operations = operations
         self._context = context
         self._who = who
+        self._sends_batches = sends_batches
         self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,8 +140,10 @@ class GraphQLEndpoint(Generic[Context]):
             raise _Unacceptable("Use POST, or GET for queries.", status=405, headers={"Allow": "GET, POST"})
         async with db.deadline(self._operations.timeout):
             context = await self._context(request.headers.get("authorization", ""))
-        parameters = await self._parameters(request)
-        prepared = self._operations.prepare(parameters)
+        limits = self._operations.limits
+        budget = limits.batch if self._sends_batches(context) else limits.request
+        parameters = await self._parameters(request, budget)
+        prepared = self._operations.prepare(parameters, self._who(context))
         if isinstance(prepared, Answer):
             request.state.results = prepared.results
             return accepted.shown(prepared)
@@ -159,15 +165,14 @@ class GraphQLEndpoint(Generic[Context]):
         request.state.results = answer.results
         return accepted.shown(answer)
 
-    async def _parameters(self, request: Request) -> Parameters:
-        limits = self._operations.limits
+    async def _parameters(self, request: Request, budget: Budget) -> Parameters:
+        depth = self._operations.limits.json_depth
         if request.method == "GET":
-            raw: object = _query_string(request.scope["query_string"], limits.body_bytes)
-            refuse_deep_or_nul(raw, limits.json_depth)
+            raw: object = _query_string(request.scope["query_string"], budget)
+            refuse_deep_or_nul(raw, depth)
         else:
             _require_json(request)
-            body = await _body(request, limits.body_bytes)
-            raw = loads(body, "The request's body", depth=limits.json_depth)
+            raw = loads(await _body(request, budget.body_bytes), "The request's body", budget, depth=depth)
         return checked(raw)
 
 
@@ -239,10 +244,10 @@ def _too_large(limit: int) -> errors.PayloadTooLarge:
     return errors.PayloadTooLarge(f"The request is larger than the {limit} bytes allowed.", maximum=limit)
 
 
-def _query_string(raw: bytes, limit: int) -> dict[str, object]:
+def _query_string(raw: bytes, budget: Budget) -> dict[str, object]:
     """The parameters of a GET. `variables` and `extensions` are JSON inside."""
-    if len(raw) > limit:
-        raise _too_large(limit)
+    if len(raw) > budget.body_bytes:
+        raise _too_large(budget.body_bytes)
     try:
         pairs = parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=50)
     except ValueError:
@@ -251,7 +256,7 @@ def _query_string(raw: bytes, limit: int) -> dict[str, object]:
     for name, value in pairs:
         if name in parameters:
             raise Malformed("A parameter of the query string is given twice.")
-        parameters[name] = parsed(value, f"`{name}`") if name in {"variables", "extensions"} else value
+        parameters[name] = parsed(value, f"`{name}`", budget) if name in {"variables", "extensions"} else value
     return parameters
 
 

@@ -6,8 +6,9 @@ and fragments that spread each other exponentially cost no more than others. Cyc
 standard rules. This module knows GraphQL documents and the schema's types; no transport, no caller, no rule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from graphql import (
@@ -16,6 +17,8 @@ from graphql import (
     FieldNode,
     FragmentDefinitionNode,
     FragmentSpreadNode,
+    GraphQLEnumType,
+    GraphQLInputObjectType,
     GraphQLInterfaceType,
     GraphQLNamedType,
     GraphQLObjectType,
@@ -25,8 +28,11 @@ from graphql import (
     NullValueNode,
     OperationDefinitionNode,
     OperationType,
+    SchemaMetaFieldDef,
     SelectionNode,
+    TypeMetaFieldDef,
     get_named_type,
+    is_abstract_type,
 )
 
 from app import errors
@@ -39,17 +45,33 @@ _MAX_STEPS_PER_FIELD: Final = 10
 """Selections that are followed in all definitions together, for each field that one of them may have."""
 
 
+class Budget(NamedTuple):
+    """What one request may hold, whatever it asks for. It is looked at before anything is parsed."""
+
+    body_bytes: int
+    """Of the request's body, or of the query string of a GET."""
+    values: int
+    """In JSON: more commas and opening brackets are not even parsed. A text's own are counted with them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What one request may ask for. The defaults leave room for GraphiQL's introspection and for a Relay client."""
 
-    body_bytes: int = 2 * 1024 * 1024
-    """Of the request's body, or of the query string of a GET. A batch of 500 accounts with their members fits."""
+    request: Budget = Budget(body_bytes=128 * 1024, values=8_000)
+    """Of everybody."""
+    batch: Budget = Budget(body_bytes=2 * 1024 * 1024, values=120_000)
+    """Of who provisions. A batch of 500 accounts with 10,000 members fits."""
+    list_items: int = 1_000
+    """Of one list in `variables`. The longest that any action takes has so many."""
     json_depth: int = 32
     """Of objects and lists inside each other in the request, `variables` included."""
     query_characters: int = 50_000
-    tokens: int = 4_000
-    """Of the document. As many comments are allowed."""
+    tokens: int = 2_000
+    """Of the document. As many comments and as many lines are allowed: to say where one error is, all lines before it
+    are counted."""
+    operations: int = 10
+    """Of which one is executed, and all are validated."""
     depth: int = 20
     """Of fields inside each other."""
     fields: int = 500
@@ -60,8 +82,12 @@ class Limits:
     """Of mutations in one operation, aliased or not."""
     rows: int = 25_000
     """Of list items that the `first` arguments allow, pages within pages multiplied. A variable counts as 100."""
+    introspection: int = 25_000
+    """Of values that introspection answers, as an estimate. What GraphiQL and code generators ask for takes half."""
     overlaps: int = 5_000
     """Of pairs of fields in the same place of the answer, in all definitions: the standard rules compare each pair."""
+    spreads: int = 5_000
+    """Of pairs of fragments that are spread in the same place, which are compared, too."""
 
 
 class Measure(NamedTuple):
@@ -72,6 +98,8 @@ class Measure(NamedTuple):
     aliases: int = 0
     directives: int = 0
     rows: int = 0
+    introspection: float = 0.0
+    """Values of the schema that are answered, as an estimate."""
     roots: int = 0
     """Fields of this selection set itself."""
     resolves: bool = False
@@ -86,6 +114,8 @@ def check(document: DocumentNode, schema: GraphQLSchema, limits: Limits) -> list
     Refuses with OperationTooComplex the first limit that an operation or a fragment, used or not, exceeds. The
     document need not be valid: what the schema does not know is counted all the same.
     """
+    if sum(isinstance(definition, OperationDefinitionNode) for definition in document.definitions) > limits.operations:
+        raise _too_complex("has more operations", "operations", limits.operations)
     ruler = _Ruler(document, schema)
     measured = []
     for definition in document.definitions:
@@ -108,6 +138,8 @@ def check(document: DocumentNode, schema: GraphQLSchema, limits: Limits) -> list
             raise _too_complex("has more directives, fragments included,", "directives", limits.directives)
         if measure.rows > limits.rows:
             raise _too_complex("can load more list items, pages within pages multiplied,", "rows", limits.rows)
+        if measure.introspection > limits.introspection:
+            raise _too_complex("asks for more values of the schema", "introspection", limits.introspection)
         ruler.compare(definition, limits)
     return measured
 
@@ -126,9 +158,11 @@ class _Ruler:
             for definition in document.definitions
             if isinstance(definition, FragmentDefinitionNode)
         }
+        self._sizes = _sizes(schema)
         self._measured: dict[str, Measure] = {}
         self._steps = 0
         self._overlaps = 0
+        self._spreads = 0
 
     def operation(self, node: OperationDefinitionNode) -> Measure:
         measure = self._selections(node.selection_set.selections, self._schema.get_root_type(node.operation), 0)
@@ -146,12 +180,13 @@ class _Ruler:
         return known
 
     def compare(self, definition: ExecutableDefinitionNode, limits: Limits) -> None:
-        """Count how often fields share a place in the answer, as in `{ a { b } a { b } }`.
+        """Count how often fields and spreads share a place in the answer, as in `{ a { b ...F } a { b ...G } }`.
 
         This follows every spread, which is affordable only because `definition` is known to select few fields.
         """
         places: dict[tuple[int, str], int] = {}
         selected = [0]
+        spread: list[set[int]] = [set()]
         pending = [(definition.selection_set, 0, frozenset[str]())]
         while pending:
             selection_set, place, within = pending.pop()
@@ -161,6 +196,7 @@ class _Ruler:
                     below = places.setdefault((place, (node.alias or node.name).value), len(selected))
                     if below == len(selected):
                         selected.append(0)
+                        spread.append(set())
                     self._overlaps += selected[below]
                     selected[below] += 1
                     if node.selection_set:
@@ -168,11 +204,16 @@ class _Ruler:
                 elif isinstance(node, InlineFragmentNode):
                     pending.append((node.selection_set, place, within))
                 elif isinstance(node, FragmentSpreadNode):
+                    if id(node) not in spread[place]:
+                        self._spreads += len(spread[place])
+                        spread[place].add(id(node))
                     name = node.name.value
                     if name in self._definitions and name not in within:
                         pending.append((self._definitions[name].selection_set, place, within | {name}))
             if self._overlaps > limits.overlaps:
                 raise _too_complex("selects the same fields more often", "overlaps", limits.overlaps)
+            if self._spreads > limits.spreads:
+                raise _too_complex("has more pairs of fragments spread side by side", "spreads", limits.spreads)
             if self._steps > limits.fields * _MAX_STEPS_PER_FIELD:
                 raise _too_complex("spreads fragments too often to select no more fields", "fields", limits.fields)
 
@@ -180,6 +221,7 @@ class _Ruler:
         if nesting > _MAX_NESTING:
             raise _too_complex("nests selections and fragments deeper", "depth", _MAX_NESTING)
         depth = fields = aliases = directives = rows = roots = 0
+        introspection = 0.0
         resolves = introspects = False
         for node in selections:
             own_directives = len(node.directives or ())
@@ -200,13 +242,16 @@ class _Ruler:
             aliases += part.aliases
             directives += part.directives + own_directives
             rows += part.rows
+            introspection += part.introspection
             resolves = resolves or (part.resolves and not own_directives)
             introspects = introspects or part.introspects
-        return Measure(depth, fields, aliases, directives, rows, roots, resolves, introspects)
+        return Measure(depth, fields, aliases, directives, rows, introspection, roots, resolves, introspects)
 
     def _field(self, node: FieldNode, on: GraphQLNamedType | None, nesting: int) -> Measure:
         name = node.name.value
-        definition = on.fields.get(name) if isinstance(on, GraphQLObjectType | GraphQLInterfaceType) else None
+        definition = _INTROSPECTION.get(name)
+        if definition is None and isinstance(on, GraphQLObjectType | GraphQLInterfaceType):
+            definition = on.fields.get(name)
         below = Measure()
         if node.selection_set:
             inner = get_named_type(definition.type) if definition else None
@@ -218,9 +263,49 @@ class _Ruler:
             aliases=below.aliases + (node.alias is not None),
             directives=below.directives,
             rows=page + page * below.rows if page else below.rows,
+            introspection=self._introspection(name, on, below),
             resolves=not name.startswith("__"),
-            introspects=name in {"__schema", "__type"},
+            introspects=name in _INTROSPECTION,
         )
+
+    def _introspection(self, name: str, on: GraphQLNamedType | None, below: Measure) -> float:
+        if name == "__type":
+            return max(_LARGE_TYPE, below.introspection)
+        if name == "__schema" or (on is not None and on.name.startswith("__")):
+            return 1 + self._sizes.get(name, 1.0) * below.introspection
+        return below.introspection
+
+
+_INTROSPECTION: Final = {"__schema": SchemaMetaFieldDef, "__type": TypeMetaFieldDef}
+_LARGE_TYPE: Final = 1_000
+"""What one type counts at least that is asked for by name: it may be much larger than the average."""
+
+
+@lru_cache(maxsize=4)
+def _sizes(schema: GraphQLSchema) -> Mapping[str, float]:
+    """How many values the fields of introspection lead to, on the average of all types."""
+    types = schema.type_map.values()
+    fields = [
+        field
+        for kind in types
+        if isinstance(kind, GraphQLObjectType | GraphQLInterfaceType)
+        for field in kind.fields.values()
+    ]
+    lengths = {
+        "fields": len(fields),
+        "interfaces": sum(len(kind.interfaces) for kind in types if isinstance(kind, GraphQLObjectType)),
+        "inputFields": sum(len(kind.fields) for kind in types if isinstance(kind, GraphQLInputObjectType)),
+        "enumValues": sum(len(kind.values) for kind in types if isinstance(kind, GraphQLEnumType)),
+        "possibleTypes": sum(len(schema.get_possible_types(kind)) for kind in types if is_abstract_type(kind)),
+    }
+    return {
+        "types": len(types),
+        "directives": len(schema.directives),
+        "type": 2.0,  # fields are more often of the large types
+        "ofType": 0.5,  # every second type ends such a chain
+        "args": sum(len(field.args) for field in fields) / max(len(fields), 1),
+        **{name: length / len(types) for name, length in lengths.items()},
+    }
 
 
 def _page(node: FieldNode) -> int:

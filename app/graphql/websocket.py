@@ -68,8 +68,9 @@ class _Left(Exception):
 class WebSocketEndpoint(Generic[Context]):
     """An ASGI application for sockets at `/graphql`.
 
-    `context` makes what resolvers see as `info.context` of an `Authorization` header's value, for each operation. It
-    raises `errors.Unauthenticated` when nobody acceptable asks; `lifetime` says for how long it will not.
+    `context` makes what resolvers see as `info.context` of an `Authorization` header's value, at the beginning and for
+    each operation. It raises `errors.Unauthenticated` and `errors.Forbidden` when nobody acceptable asks; `lifetime`
+    says for how long it will not raise the first.
 
     `streams` bounds how many subscriptions are open at a time, in all and of one caller, which is what `who` makes of a
     context. There are as many sockets at most, and as many more that have not said yet who they are.
@@ -104,7 +105,7 @@ class WebSocketEndpoint(Generic[Context]):
                 return
             except _Close as close:
                 code, reason = close.code, close.reason
-            except errors.Unauthenticated as refusal:
+            except (errors.Unauthenticated, errors.Forbidden) as refusal:
                 code, reason = 4403, f"Forbidden: {refusal.message}"
             except errors.Unavailable as refusal:
                 code, reason = 1013, refusal.message
@@ -119,8 +120,9 @@ class WebSocketEndpoint(Generic[Context]):
     async def _serve(self, socket: "_Socket[Context]") -> None:
         with self._beginners.taken(None):
             context = await socket.begin()
-        with self._sockets.taken(self.who(context)):
-            await socket.serve(self.lifetime(context))
+        caller = self.who(context)
+        with self._sockets.taken(caller):
+            await socket.serve(caller, self.lifetime(context))
 
 
 class _Socket(Generic[Context]):
@@ -131,11 +133,13 @@ class _Socket(Generic[Context]):
         self._authorization = Headers(scope=scope).get("authorization", "")
         self._receive = receive
         self._send = send
+        self._caller: Hashable = None
         self._under_way: dict[str, asyncio.Task[None]] = {}
 
-    async def serve(self, lifetime: timedelta) -> None:
+    async def serve(self, caller: Hashable, lifetime: timedelta) -> None:
         """Until somebody closes, for so long at most. Raises `_Left` and `_Close`, and `Unauthenticated` and
         `Unavailable` for who had better come again."""
+        self._caller = caller
         await self._say({"type": "connection_ack"})
         try:
             async with asyncio.timeout(lifetime.total_seconds()), asyncio.TaskGroup() as tasks:
@@ -178,7 +182,8 @@ class _Socket(Generic[Context]):
         if len(text) > MAX_MESSAGE_BYTES:
             raise _Close(1009, f"A message has at most {MAX_MESSAGE_BYTES} bytes")
         try:
-            message = loads(text, "The message", depth=self._endpoint.operations.limits.json_depth)
+            limits = self._endpoint.operations.limits
+            message = loads(text, "The message", limits.request, depth=limits.json_depth)
         except Malformed as refusal:
             raise _Close(4400, refusal.message) from None
         if not isinstance(message, dict) or not isinstance(message.get("type"), str):
@@ -212,7 +217,10 @@ class _Socket(Generic[Context]):
             parameters = checked(payload)
         except Malformed as refusal:
             raise _Close(4400, refusal.message) from None
-        prepared = self._endpoint.operations.prepare(parameters)
+        try:
+            prepared = self._endpoint.operations.prepare(parameters, self._caller)
+        except errors.RateLimited as refusal:
+            prepared = refused(refusal)
         self._under_way[id_] = tasks.create_task(self._operate(id_, prepared))
 
     async def _operate(self, id_: str, prepared: Prepared | Answer) -> None:
@@ -257,13 +265,13 @@ class _Socket(Generic[Context]):
             return
         operations = self._endpoint.operations
         if prepared.operation.kind == "subscription":
-            context = await self._context()
             try:
+                context = await self._context()
                 with self._endpoint.streams.taken(self._endpoint.who(context)):
                     async with aclosing(operations.subscribe(prepared, context, request_id)) as answers:
                         async for answer in answers:
                             yield answer
-            except errors.RateLimited as refusal:
+            except (errors.RateLimited, errors.Forbidden) as refusal:
                 yield refused(refusal)
             return
         try:

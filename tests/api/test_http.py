@@ -24,7 +24,7 @@ from app import errors
 from app.graphql import scalars
 from app.graphql.execution import Operations
 from app.graphql.http import GraphQLEndpoint
-from app.graphql.limits import Limits
+from app.graphql.limits import Budget, Limits
 from app.graphql.places import Places
 
 JSON = "application/json"
@@ -192,7 +192,7 @@ async def gate(caller: Caller) -> None:
         raise errors.AccessRemoved("Canceled.")
 
 
-LIMITS = Limits(body_bytes=20_000)
+LIMITS = Limits(request=Budget(body_bytes=20_000, values=8_000))
 PLACES = 3
 
 
@@ -573,10 +573,10 @@ class TestRefusedByHttp:
             response = await client.post("/graphql", content=chunks, headers=headers)
 
         assert (response.status_code, code(response)) == (413, "PAYLOAD_TOO_LARGE")
-        assert sent <= LIMITS.body_bytes + 2000
+        assert sent <= LIMITS.request.body_bytes + 2000
 
     def test_a_query_string_over_the_limit_is_413(self, client: TestClient) -> None:
-        response = client.get("/graphql?query=" + "x" * LIMITS.body_bytes)
+        response = client.get("/graphql?query=" + "x" * LIMITS.request.body_bytes)
 
         assert (response.status_code, code(response)) == (413, "PAYLOAD_TOO_LARGE")
 

@@ -6,7 +6,7 @@ from typing import Any
 import httpx2
 import pytest
 import strawberry
-from graphql import get_introspection_query
+from graphql import GraphQLSchema, get_introspection_query
 from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
@@ -15,8 +15,9 @@ from app.graphql import documents, limits
 from app.graphql.documents import Document, Documents, Recent, Rejection
 from app.graphql.execution import Operations
 from app.graphql.http import GraphQLEndpoint
-from app.graphql.limits import Limits
+from app.graphql.limits import Budget, Limits
 from app.graphql.places import Places
+from app.graphql.schema import SCHEMA
 
 confirmed: list[str] = []
 
@@ -56,6 +57,7 @@ class Mutation:
 schema = strawberry.Schema(Query, Mutation)
 graphql_schema = schema._schema
 LIMITS = Limits(
+    request=Budget(body_bytes=200_000, values=8_000),
     tokens=12_000,
     query_characters=150_000,
     depth=6,
@@ -64,7 +66,9 @@ LIMITS = Limits(
     directives=4,
     root_mutations=3,
     rows=5_000,
+    introspection=1_000,
     overlaps=500,
+    spreads=1_900,
 )
 
 
@@ -106,6 +110,15 @@ def bomb(levels: int, spreads: int = 2) -> str:
     return f"{{item{{...F0}}}}{fragments}fragment F{levels} on Item{{name}}"
 
 
+def spread_side_by_side(number: int) -> str:
+    """Fragments in one place, each with a field of its own: the standard rules compare each with each other."""
+    fragments = "".join(f"fragment F{i} on Item{{f{i}}}" for i in range(number))
+    return f"{{item{{{' '.join(f'...F{i}' for i in range(number))}}}}}{fragments}"
+
+
+SCHEMA_TYPES = "__schema { types { name fields { name args { name } type { name } } } } "
+
+
 @pytest.mark.parametrize(
     ("query", "limit"),
     [
@@ -132,6 +145,20 @@ def bomb(levels: int, spreads: int = 2) -> str:
         ("{ item { name } } " + "# \n" * 13_000, "tokens"),
         ("{ item { name } }" + "fragment F on Item { name }" * 2_000, "tokens"),
         ("{ item(a: " + "[" * 300 + "]" * 300 + ") }", "tokens"),
+        ("\n" * 12_000 + "{ item { name } }", "tokens"),
+        ("{ item { name } }" + "\r\n" * 6_000, "tokens"),
+        ("query A { item { name } }" + "".join(f"query Q{i} {{ item {{ name }} }}" for i in range(10)), "operations"),
+        ("{a}" * 440, "operations"),
+        ("query A { item }" + "subscription { a }" * 10, "operations"),
+        ("{ item {" + "...F " * 63 + "} } fragment F on Item { ...F }", "spreads"),
+        ("{ item {" + " ".join(f"...F{i}" for i in range(63)) + "} }", "spreads"),
+        ("{ item {" + "...F " * 32 + "} item {" + "...G " * 31 + "} }", "spreads"),
+        ("{" + " ".join(f"a{i}: __schema {{ types {{ fields {{ name type {{ name }} }} }} }}" for i in range(9)) + "}",
+         "introspection"),
+        ("{ __schema { types {" + " ".join(f"a{i}: fields {{ name type {{ name }} }}" for i in range(9)) + "} } }",
+         "introspection"),
+        ("{ ...F ... { ...F } } fragment F on Query { " + SCHEMA_TYPES * 2 + "}", "introspection"),
+        ("{" + " ".join(f'a{i}: __type(name: "Query") {{ name }}' for i in range(2)) + "}", "introspection"),
     ],
 )  # fmt: skip
 def test_each_limit_refuses_what_exceeds_it(client: TestClient, query: str, limit: str) -> None:
@@ -147,6 +174,10 @@ def test_each_limit_refuses_what_exceeds_it(client: TestClient, query: str, limi
         "{ items(first: 100) { items(first: 40) { name } } }",
         "{ items(first: null) { items { name } } }",
         'mutation { a: confirm(token: "") b: confirm(token: "") c: confirm(token: "") }',
+        "{ item { name } }" + "\n" * 11_999,
+        "{ item {" + "...F " * 30 + "} } fragment F on Item { name }",
+        '{ __type(name: "Item") { name } }',
+        "{" + SCHEMA_TYPES + "}",
     ],
 )
 def test_what_is_just_within_runs(client: TestClient, query: str) -> None:
@@ -222,7 +253,33 @@ def test_what_is_invalid_is_left_to_the_standard_rules(client: TestClient, query
     assert {error["extensions"]["code"] for error in response.json()["errors"]} == {"GRAPHQL_VALIDATION_FAILED"}
 
 
-def test_the_default_limits_admit_the_introspection_of_clients() -> None:
+def test_a_document_has_ten_operations_and_runs_one(client: TestClient) -> None:
+    query = "".join(f"query Q{i} {{ item {{ name }} }}" for i in range(10))
+    response = client.post("/graphql", json={"query": query, "operationName": "Q7"})
+    assert response.json() == {"data": {"item": {"name": "item"}}}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "query A{__typename}" * 100,
+        "".join(f"query Q{i}{{__typename}}" for i in range(250)),
+        spread_side_by_side(200),
+        "{item{" + "...F " * 900 + "}}fragment F on Item{name}",
+        "\n" * 45_000 + "{a b c d e f}",
+    ],
+)
+def test_what_the_standard_rules_would_be_slow_at_does_not_reach_them(
+    query: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "validate", None)
+    prepared = Documents(SCHEMA._schema, Limits()).prepare(query)
+    assert isinstance(prepared, Rejection)
+    assert prepared.errors[0]["extensions"]["code"] == "OPERATION_TOO_COMPLEX"
+
+
+@pytest.mark.parametrize("served", [graphql_schema, SCHEMA._schema], ids=["toy", "Sunset"])
+def test_the_default_limits_admit_the_introspection_of_clients(served: GraphQLSchema) -> None:
     everything = get_introspection_query(
         specified_by_url=True,
         directive_is_repeatable=True,
@@ -230,7 +287,7 @@ def test_the_default_limits_admit_the_introspection_of_clients() -> None:
         input_value_deprecation=True,
     )
 
-    assert isinstance(Documents(graphql_schema, Limits()).prepare(everything), Document)
+    assert isinstance(Documents(served, Limits()).prepare(everything), Document)
 
 
 class TestRemembered:

@@ -26,7 +26,7 @@ from app.auth import Call
 from app.db import Database
 from app.graphql import nodes
 from app.graphql.context import Context
-from app.graphql.execution import Operations, Parameters
+from app.graphql.execution import Operations, Parameters, Prepared
 from app.graphql.nodes import Kind
 from app.graphql.schema import SCHEMA as STRAWBERRY
 from app.lifecycle import CancellationTiming, HaltCause, LinkPurpose, MemberRole, Scope, StaffRole
@@ -352,8 +352,10 @@ class Reader:
         (id_,) = self.scene.arguments("account", "admin").values()
         for selection in all_of(graphql.get_named_type(SUBSCRIPTIONS[name].type).name):
             query = f'subscription {{ it: {name}(accountIds: ["{id_}"]) {selection} }}'
-            prepared = operations.prepare(Parameters(query=query, variables={}, operation_name=None))
-            async with aclosing(operations.subscribe(prepared, Context(call, authenticate), "first")) as answers:  # type: ignore[arg-type]
+            prepared = operations.prepare(Parameters(query=query, variables={}, operation_name=None), "somebody")
+            assert isinstance(prepared, Prepared)
+            context = Context(call, authenticate, sends_batches=False)
+            async with aclosing(operations.subscribe(prepared, context, "first")) as answers:
                 answer = await anext(answers)
             self._search(name, {"data": answer.data, "errors": answer.errors})
 
