@@ -183,11 +183,15 @@ class PostgresServer:
         """Back one of the databases up, as its users do."""
         subprocess.run([self._tool("pg_dump"), "--format=custom", f"--file={file}", self.url(name)], check=True)
 
-    def load(self, name: str, file: Path) -> None:
-        """Put the back-up in the place of the database."""
-        asyncio.run(self.drop_database(name))
-        asyncio.run(self._admin(f'CREATE DATABASE "{name}"'))
-        subprocess.run([self._tool("pg_restore"), f"--dbname={self.url(name)}", "--no-owner", file], check=True)
+    def load(self, name: str, file: Path, *, in_place: bool = False) -> None:
+        """Put the back-up in the place of the database, or of what is in it."""
+        options = ["--clean", "--if-exists"] if in_place else []
+        if not in_place:
+            asyncio.run(self.drop_database(name))
+            asyncio.run(self._admin(f'CREATE DATABASE "{name}"'))
+        subprocess.run(
+            [self._tool("pg_restore"), f"--dbname={self.url(name)}", "--no-owner", *options, file], check=True
+        )
 
     def _tool(self, name: str) -> Path:
         """A client of the server's own version, or the one on this machine."""

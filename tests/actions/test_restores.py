@@ -195,7 +195,10 @@ async def test_receivers_follow_after_a_restore(
 
 
 @pytest.mark.postgres
-async def test_a_copy_is_known_by_itself_without_a_data_folder(postgres_server: PostgresServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+async def test_a_copy_is_known_by_itself_without_a_data_folder(
+    postgres_server: PostgresServer, tmp_path: Path, in_place: bool
+) -> None:
     """Whether it was restored is for people to say; until then nothing is sent to anybody."""
     name = await postgres_server.create_database()
     url, file = postgres_server.url(name), tmp_path / "dump"
@@ -206,7 +209,7 @@ async def test_a_copy_is_known_by_itself_without_a_data_folder(postgres_server: 
         await restores.check(house.installation)
         assert await causes() == []
         await asyncio.to_thread(postgres_server.dump, name, file)
-    await asyncio.to_thread(postgres_server.load, name, file)
+    await asyncio.to_thread(postgres_server.load, name, file, in_place=in_place)
     async with opened(url, tmp_path / "other") as house:
         assert await causes() == [HaltCause.MOVED]
         assert (await restores.restatement()).restores == 0
@@ -287,6 +290,20 @@ async def test_a_restored_file_is_found_by_a_process_that_goes_on(sqlite_databas
         assert await causes() == [HaltCause.RESTORED]
         assert await count("deletion_halt") == await emailed() == 1
         assert await restores.restatement() == restores.Restatement(restores=1, left=await count("account"))
+
+
+async def test_no_deletion_begins_between_a_restore_and_the_next_look(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    """Whoever begins deletions looks first, and does not rely on a look of some seconds ago."""
+    async with stage(sqlite_database, tmp_path) as house:
+        [restarted, due] = await many_canceled(house, 2, await db.now() + HOUR)
+        back_up = BackUp(sqlite_database)
+        await house.do(BILLING, "restartAccount", accountId=ids.encode(Kind.ACCOUNT, restarted))
+        back_up.restore()
+        await db.advance_clock(2 * HOUR)
+        assert await deletion.begin(house.installation, [restarted, due]) == []
+        assert await causes() == [HaltCause.RESTORED]
 
 
 async def test_a_file_in_the_place_of_another_is_found(sqlite_database: Database, tmp_path: Path) -> None:
