@@ -572,6 +572,7 @@ async def test_what_an_active_account_has_lost_is_done_again(sqlite_database: Da
         lost = await lost_transitions.find(lost_transitions.read(lines))
         async with serving(house.app, house.installation.changes) as served:
             commands = list(lost_transitions.script(lost, served.http.removesuffix("/graphql")))
+            assert commands == list(lost_transitions.script(lost, served.http.removesuffix("/graphql")))
             tokens = {"BILLING": house.token(BILLING), "CSM": house.token(CSM)}
             answers = await asyncio.to_thread(run, commands, **tokens)
             again = await asyncio.to_thread(run, commands, **tokens)
