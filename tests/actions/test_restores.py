@@ -306,6 +306,21 @@ async def test_no_deletion_begins_between_a_restore_and_the_next_look(
         assert await causes() == [HaltCause.RESTORED]
 
 
+async def test_a_running_process_looks_by_itself(
+    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every few seconds, whether or not there is anything to delete."""
+    monkeypatch.setattr(restores, "CHECK_SECONDS", 0.01)
+    async with stage(sqlite_database, tmp_path) as house:
+        back_up = BackUp(sqlite_database)
+        await house.cancel()
+        back_up.restore()
+        async with asyncio.timeout(60):
+            while not await causes():  # noqa: ASYNC110  another task's: there is no event to wait on
+                await asyncio.sleep(0.01)
+        assert await causes() == [HaltCause.RESTORED]
+
+
 async def test_a_file_in_the_place_of_another_is_found(sqlite_database: Database, tmp_path: Path) -> None:
     async with stage(sqlite_database, tmp_path) as house:
         await db.execute("UPDATE installation SET database = 'file 1'")

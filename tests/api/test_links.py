@@ -11,14 +11,12 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-from uuid import UUID
 
 import graphql
 import httpx2
 import pytest
 
 from app import db, limiting, main
-from app.auth import Call
 from app.errors import Unavailable
 from app.graphql.schema import SCHEMA
 from app.lifecycle import LinkPurpose
@@ -393,15 +391,15 @@ async def test_feedback_by_link_loses_against_a_restart_that_commits_before_it(
     """What was read before the account was locked does not count."""
     first = (await house.cancel())["request"]["id"]
     link = (await granted(house))["feedback"]
-    spend = limiting.spend
+    admit = limiting.admit
 
-    async def meanwhile(call: Call, account_id: UUID | None) -> None:
-        await spend(call, account_id)
-        monkeypatch.setattr(limiting, "spend", spend)
+    async def meanwhile(*args: Any, **given: Any) -> None:
+        await admit(*args, **given)
+        monkeypatch.setattr(limiting, "admit", admit)
         await restart(house)
         await house.cancel()
 
-    monkeypatch.setattr(limiting, "spend", meanwhile)
+    monkeypatch.setattr(limiting, "admit", meanwhile)
     assert (await say_why(house, link, first))["__typename"] == "RequestStateError"
     assert await feedback_by_link(house) == 0
 

@@ -131,6 +131,14 @@ deletionBreaker
   feedback_link, restart_link      forbidden
   ungranted_link, foreign_link     forbidden
 
+deletionHalts
+  admin, permitted, member         forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  stranger, host, gatekeeper       forbidden
+  csm, other_csm, billing, support ok
+  confirm_link                     forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
+  feedback_link, restart_link      forbidden
+  ungranted_link, foreign_link     forbidden
+
 cancellationPreview
   admin, permitted                 ok        ok        ok        null      removed   removed   removed   forbidden
   member                           forbidden forbidden forbidden forbidden removed   removed   removed   forbidden
