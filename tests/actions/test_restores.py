@@ -9,7 +9,7 @@ import re
 import sqlite3
 import subprocess
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, closing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from app.db.origin import origin
 from app.ids import Kind
 from app.lifecycle import EPOCHS_OF_A_RESTORE, SYSTEM, AccountStatus, ActorKind, HaltCause, TransitionType
 from app.lost_transitions import Lost
+from tests.actions.test_live import follow, next_of
 from tests.cast import ALICE, BILLING, CSM, SUPPORT, Stage, stage
 from tests.delivery.webhook_server import receiving
 from tests.ending import DAY, HOUR, account, count, log_in_memory, many, many_canceled, promised
@@ -357,7 +358,7 @@ async def test_after_a_restore_every_epoch_is_ahead_and_everybody_is_notified(
 ) -> None:
     """Endpoints of whatever types, subscribers, and systems, which acknowledge anew; interrupted, it goes on."""
     monkeypatch.setattr(restores, "_PAGE", 2)
-    async with receiving() as receiver, obeyed(database, tmp_path) as house:
+    async with receiving() as receiver, obeyed(database, tmp_path) as house, AsyncExitStack() as stack:
         await endpoints.create(
             None,
             house.installation.receivers,
@@ -369,6 +370,8 @@ async def test_after_a_restore_every_epoch_is_ahead_and_everybody_is_notified(
         await acknowledge(house, MAILER, 1)
         await house.request_cancellation(INGRID, "initech")
         before = await house.account_key("acme")
+        subscribed = await stack.enter_async_context(aclosing(follow(house, SUPPORT, before)))
+        assert (await next_of(subscribed)).epoch == 1
         await declared(house)
         assert (await account(before))["epoch"] == 1
         assert await restores.restate(house.installation) == 2
@@ -377,6 +380,8 @@ async def test_after_a_restore_every_epoch_is_ahead_and_everybody_is_notified(
         await house.worker().drain()
         assert (await restores.restatement()).left == 0
         assert await count("account", f"epoch < {EPOCHS_OF_A_RESTORE}") == 0
+        change = await next_of(subscribed)
+        assert (change.status, change.epoch) == (AccountStatus.CANCELED, EPOCHS_OF_A_RESTORE + 1)
         assert set(receiver.types) == {"account.status"}
         bodies: list[Any] = [event["data"] for event in receiver.events]
         told = {body["accountReference"]: body for body in bodies}
