@@ -34,7 +34,6 @@ _log = structlog.stdlib.get_logger(__name__)
 SPAN = timedelta(hours=24)
 NEW_FOR = timedelta(days=30)
 """For so long an account is new, by the installation's clock."""
-_NAME = "deletions"
 
 
 class State(StrEnum):
@@ -153,7 +152,7 @@ async def _allowed(policy: Policy, due: int, now: datetime, *, exact: bool) -> i
 async def enter(installation: Installation) -> BreakerView:
     """Where the breaker stands, for who is about to begin deletions in the open transaction: nobody else does, until
     it ends. Trips the breaker when there is reason to; that is then part of the transaction, and to be committed."""
-    await db.exclusively(_NAME)
+    await db.exclusively(halts.LOCK)
     found = await read(installation.policy)
     if found.halts or not found.would_halt:
         return found
@@ -186,7 +185,7 @@ async def approve(call: Call, *, count: int, note: str | None, idempotency_key: 
     await _require_billing_team(call)
     await limiting.spend(call)
     async with db.transaction():
-        await db.exclusively(_NAME)
+        await db.exclusively(halts.LOCK)
         staff = await _require_billing_team(call)
         await idempotency.once(
             call.identity,
@@ -227,7 +226,7 @@ async def _approve(policy: Policy, staff: StaffFacts, count: int, note: str | No
 async def approve_as_operator(installation: Installation, *, count: int, note: str) -> BreakerView:
     """The same by who runs Sunset, at the command line: one approval is enough."""
     async with db.transaction():
-        await db.exclusively(_NAME)
+        await db.exclusively(halts.LOCK)
         found, text = await read(installation.policy), required_note(note)
         await _clear(await _halted(found, count), found, count, None, text)
         return await read(installation.policy, exact=True)

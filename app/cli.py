@@ -19,13 +19,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, TypeVar, cast
 from uuid import UUID
 
 import typer
 
 from app import errors
-from app.lifecycle import Scope, StaffRole
+from app.lifecycle import HaltCause, Scope, StaffRole
 from app.policy import PolicyError
 from app.settings import Settings, SettingsError, make_folder
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from app.breaker import BreakerView
     from app.db import Database
+    from app.halts import HaltView
     from app.outbox import MessageView
     from app.receivers import Receivers
     from app.webhooks import DeliveryView, EndpointView
@@ -594,19 +595,29 @@ def deletions_halt(note: Annotated[str, typer.Option(help="Why.")]) -> None:
 
 
 @deletions_commands.command("resume")
-def deletions_resume(note: Annotated[str, typer.Option(help="Why.")]) -> None:
+def deletions_resume(
+    note: Annotated[str, typer.Option(help="Why.")],
+    cause: Annotated[
+        list[HaltCause] | None, typer.Option(help="Which halt ends, where several last; several times: each of these.")
+    ] = None,
+) -> None:
     """Let deletions begin again after a halt, a restore or a move. The breaker stays in force."""
-    from app import breaker, halts
+    from app import breaker, halts, restores
     from app.main import installation
 
     settings = _settings()
+    shared = installation(settings)
 
-    async def resume() -> "BreakerView":
+    async def resume() -> tuple[list["HaltView"], "BreakerView"]:
         async with _database(settings):
-            await halts.resume(note)
-            return await breaker.read(installation(settings).policy, exact=True)
+            await restores.check(shared)  # what has not been found yet does not end
+            return await halts.resume(note, cause), await breaker.read(shared.policy, exact=True)
 
-    stands = _run(resume())
+    ended, stands = _run(resume())
+    for halt in ended:
+        print(f"Ended: {halt.cause} since {_minute(halt.halted_at)}, {_printable(halt.evidence, 2_000)}")
+    for halt in stands.halts:
+        print(f"Still halted: {halt.cause} since {_minute(halt.halted_at)}, {_printable(halt.evidence, 2_000)}")
     print(
         f"Deletions may begin: {stands.waiting:,} fall due within 24 hours, the breaker lets {stands.left:,} begin now."
     )
@@ -617,7 +628,7 @@ def restored(
     as_of: Annotated[str, typer.Option("--as-of", metavar="TIME", help="What it was restored to: 2027-01-31T04:00Z.")],
     log: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="A log since then, in JSON lines; several times; - for standard input."),
+        typer.Option(metavar="FILE", help="A log since then, JSON lines or their gzip; several times; - for stdin."),
     ] = None,
 ) -> None:
     """Say that the database was restored from a back-up, and print what is lost and the commands that do it again.
@@ -625,14 +636,7 @@ def restored(
     No deletion begins until `sunset deletions resume`; every account's epoch is ahead by a million; the workers send
     everybody how each account stands. Repeating it with the same time changes nothing.
     """
-    settings, moment = _settings(), _moment(as_of)
-
-    def lines() -> Iterator[bytes]:
-        for name in log or ():
-            with nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as stream:
-                yield from stream
-
-    _run(_restored(settings, moment, lines() if log else None))
+    _run(_restored(_settings(), _moment(as_of), log))
 
 
 def _moment(text: str) -> datetime:
@@ -645,32 +649,53 @@ def _moment(text: str) -> datetime:
     return moment.astimezone(UTC)
 
 
-async def _restored(settings: Settings, as_of: datetime, lines: Iterator[bytes] | None) -> None:
+async def _restored(settings: Settings, as_of: datetime, logs: Sequence[str] | None) -> None:
     from app import breaker, lost_transitions, restores
+    from app.lifecycle import EPOCHS_OF_A_RESTORE
     from app.main import installation
 
-    shared = installation(settings)
+    shared, logged = installation(settings), []
+    for name in logs or ():
+        with _log_file(name) as stream:
+            try:
+                read = list(lost_transitions.read(stream))
+            except errors.InvalidInput as refusal:
+                raise errors.Refusal(f"{name}: {refusal.message}") from None
+        logged += read
+        span = f", from {_minute(read[0].occurred_at)} to {_minute(read[-1].occurred_at)}" if read else ""
+        print(f"# {_printable(name)}: {len(read):,} transitions{span}")
     async with _database(settings):
-        await restores.declare(shared, as_of=as_of)
+        earlier = max((one.epoch // EPOCHS_OF_A_RESTORE for one in logged), default=0)
+        await restores.declare(shared, as_of=as_of, at_least=earlier)
         left = (await restores.restatement()).left
         waiting = (await breaker.read(shared.policy)).waiting
-        lost = None if lines is None else await lost_transitions.find(lost_transitions.read(lines))
-    print(f"# The database was restored as of {as_of:%Y-%m-%d %H:%M:%S} UTC. No deletion begins.")
+        since = as_of - lost_transitions.MARGIN
+        lost = await lost_transitions.find(one for one in logged if one.occurred_at >= since)
+    print(f"# The database was restored as of {as_of:%Y-%m-%d %H:%M:%S} UTC.")
     print(f"# The workers send everybody how each account stands, with a new epoch: {left:,} accounts are left.")
     print(f"# {waiting:,} deletions fall due within 24 hours: sunset deletions list --due")
-    if lost is None:
+    if not logs:
         print("# What happened since is in the logs: sunset restored --as-of TIME --log FILE prints it.")
     elif not lost:
-        print("# Everything that these logs tell of is in the database.")
+        print("# Everything that these logs tell of since then is in the database.")
     else:
-        print(f"# {len(lost):,} accounts have lost something. For the commands: ${lost_transitions.BILLING} is a token")
-        print(
-            f"# of somebody of the billing team, ${lost_transitions.CSM} one of the account's Customer Success Manager."
-        )
-        print()
+        print(f"# {len(lost):,} accounts have lost something.")
         for line in lost_transitions.script(lost, settings.public_url):
             print(line)
     print('# When you have looked: sunset deletions resume --note "Why"')
+
+
+@contextmanager
+def _log_file(name: str) -> Iterator[BinaryIO]:
+    """Standard input for -; what gzip has packed, unpacked."""
+    import gzip
+
+    with nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as stream:
+        packed = name != "-" and stream.read(2) == b"\x1f\x8b"
+        if name != "-":
+            stream.seek(0)
+        with gzip.open(stream) if packed else nullcontext(stream) as unpacked:
+            yield cast("BinaryIO", unpacked)
 
 
 @clock_commands.command("show")

@@ -42,14 +42,26 @@ def newest_committed() -> Landmark | None:
     return _committed.get(db.bound())
 
 
-def forget_committed() -> None:
-    _committed.pop(db.bound(), None)
+def forget_committed(landmark: Landmark | None) -> None:
+    """What the database was asked for since. One that was committed meanwhile stays."""
+    if landmark is not None and _committed.get(db.bound()) is landmark:
+        del _committed[db.bound()]
 
 
 async def newest() -> Landmark | None:
     """The newest transition that the database has, by the installation's clock."""
     row = await db.fetch_one("SELECT id, occurred_at FROM transition ORDER BY occurred_at DESC, id DESC LIMIT 1")
     return None if row is None else Landmark(id=db.as_uuid(row["id"]), occurred_at=db.as_datetime(row["occurred_at"]))
+
+
+async def last_change(account_id: UUID) -> datetime | None:
+    """When something last happened to an account; that its status was sent again is nothing that happened."""
+    row = await db.fetch_one(
+        f"SELECT occurred_at FROM transition WHERE account_id = $1 AND type <> '{TransitionType.STATUS}' "
+        "ORDER BY sequence DESC LIMIT 1",
+        account_id,
+    )
+    return None if row is None else db.as_datetime(row["occurred_at"])
 
 
 async def missing(ids: Collection[UUID]) -> set[UUID]:
@@ -138,7 +150,7 @@ async def append(
             sequence=row["last_sequence"],
             status=status.value,
             actor_kind=actor.kind.value,
-            request_id=request_id and str(request_id),
+            cancellation_request_id=request_id and str(request_id),
             transition_id=str(transition_id),
             occurred_at=now.isoformat(),
         )

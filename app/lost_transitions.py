@@ -5,6 +5,8 @@ account says how it stood. A command is a mutation for somebody of the company t
 the history says who did it; staff never confirms for a member, and so a lost cancellation is opened again for the
 members to confirm.
 
+Where an account has gone on since, nobody but people can say what is right, and no command is printed.
+
 It reads, and changes nothing.
 """
 
@@ -12,7 +14,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, Final
 from uuid import UUID
@@ -25,9 +27,11 @@ from app.lifecycle import AccountStatus, ActorKind, TransitionType
 
 _BATCH: Final = 500
 
-BILLING, CSM = "BILLING", "CSM"
-"""The variables of the shell with the tokens: of somebody of the billing team, and of an account's Customer Success
-Manager."""
+BILLING: Final = "BILLING"
+"""The variable of the shell with a token of somebody of the billing team."""
+
+MARGIN: Final = timedelta(hours=1)
+"""As much before the time that the database was restored to, a transition may be lost: that time is rarely exact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +50,12 @@ class Logged:
 
 
 def read(lines: Iterable[bytes]) -> Iterator[Logged]:
-    """The transitions in a log of JSON lines, whatever else is in it, also where something stands before the JSON.
-    Raises `InvalidInput` for a log that has no line in JSON: it is none of Sunset's, or was written as text."""
+    """The transitions in one log of JSON lines, whatever else is in it; also where something stands before the JSON,
+    and where it stands as text in other JSON, as container engines write it.
+
+    Raises `InvalidInput` for a line about a transition that cannot be read, and for a log that has no line in JSON:
+    what is not read would be taken for nothing lost.
+    """
     is_json = False
     for line in lines:
         entry = _entry(line)
@@ -55,23 +63,32 @@ def read(lines: Iterable[bytes]) -> Iterator[Logged]:
         if entry is not None and entry.get("event") == history.LOGGED:
             try:
                 yield _logged(entry)
+                continue
             except (KeyError, TypeError, ValueError):
-                raise errors.InvalidInput(
-                    f"A line about a transition cannot be read: {line[:200].decode(errors='replace')}", field="log"
-                ) from None
+                pass
+        elif history.LOGGED.encode() not in line:
+            continue
+        raise errors.InvalidInput(
+            f"A line about a transition cannot be read: {line[:200].decode(errors='replace')}", field="log"
+        )
     if not is_json:
         raise errors.InvalidInput("No line of the log is JSON. Was SUNSET_LOG_FORMAT json?", field="log")
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of the line: that in its text, where it is one that a container engine has made."""
     begin = line.find(b"{")
-    if begin < 0:
-        return None
-    try:
-        entry = orjson.loads(line[begin:])
-    except orjson.JSONDecodeError:
-        return None
-    return entry if isinstance(entry, dict) else None
+    while begin >= 0:
+        try:
+            entry = orjson.loads(line[begin:])
+        except orjson.JSONDecodeError:
+            begin = line.find(b"{", begin + 1)
+            continue
+        if not isinstance(entry, dict):
+            return None
+        wrapped = next((entry[key] for key in ("log", "message", "msg") if isinstance(entry.get(key), str)), None)
+        return entry if wrapped is None or "event" in entry else _entry(wrapped.encode()) or entry
+    return None
 
 
 def _logged(entry: dict[str, Any]) -> Logged:
@@ -95,6 +112,8 @@ class Lost:
     account: AccountView | None
     """As it is now; None where the account itself is lost."""
     transitions: Sequence[Logged]
+    has_gone_on: bool
+    """The database has what happened to it after all of these."""
 
 
 async def find(logged: Iterable[Logged]) -> list[Lost]:
@@ -104,14 +123,18 @@ async def find(logged: Iterable[Logged]) -> list[Lost]:
     while batch := {one.id: one for one in islice(waiting, _BATCH)}:
         for id_ in await history.missing(batch.keys()):
             lost[batch[id_].account_id][id_] = batch[id_]
-    found = [
-        Lost(
-            account_id=account_id,
-            account=await accounts.load(account_id),
-            transitions=sorted(steps.values(), key=lambda one: (one.occurred_at, one.sequence)),
+    found = []
+    for account_id, steps in lost.items():
+        transitions = sorted(steps.values(), key=lambda one: (one.occurred_at, one.sequence))
+        last = await history.last_change(account_id)
+        found.append(
+            Lost(
+                account_id=account_id,
+                account=await accounts.load(account_id),
+                transitions=transitions,
+                has_gone_on=last is not None and last > transitions[-1].occurred_at,
+            )
         )
-        for account_id, steps in lost.items()
-    ]
     return sorted(found, key=lambda one: one.transitions[0].occurred_at)
 
 
@@ -127,7 +150,14 @@ _NOTE = "Lost by a restore of the database, and done again from the log."
 
 
 def script(lost: Iterable[Lost], url: str) -> Iterator[str]:
-    """Lines for a shell, with what was lost as comments above the commands, for the API at that address."""
+    """Lines for a shell, with what was lost as comments above the commands, for the API at that address. The commands
+    take tokens from variables, which comments explain: one for the billing team, and one for each manager."""
+    lost = list(lost)
+    managers = _managers(lost)
+    yield f"# {BILLING}: a token of somebody of the billing team."
+    for contact, variable in managers.items():
+        yield f"# {variable}: a token of {_comment(contact) or 'any Customer Success Manager'}."
+    yield ""
     for one in lost:
         name = "an account that the database does not have" if one.account is None else one.account.reference
         yield f"# {_comment(name)}, {ids.encode(ids.Kind.ACCOUNT, one.account_id)}"
@@ -136,9 +166,24 @@ def script(lost: Iterable[Lost], url: str) -> Iterator[str]:
                 f"#   {step.occurred_at:%Y-%m-%d %H:%M:%S} UTC  {step.type.value}  by {step.actor_kind.value}, "
                 f"then {step.status.value}"
             )
-        for line in _remedy(one):
+        for line in _remedy(one, managers.get(_manager(one), BILLING)):
             yield line if isinstance(line, str) else line.curl(url)
         yield ""
+
+
+def _manager(lost: Lost) -> str:
+    """The address of the account's manager; "" where any of them is."""
+    return lost.account.csm.email if lost.account is not None and lost.account.csm is not None else ""
+
+
+def _managers(lost: Iterable[Lost]) -> dict[str, str]:
+    """The variable of each manager who is needed."""
+    wanted = [
+        _manager(one)
+        for one in lost
+        if any(isinstance(line, _Command) and line.by != BILLING for line in _remedy(one, ""))
+    ]
+    return {contact: f"CSM_{number}" for number, contact in enumerate(dict.fromkeys(wanted), 1)}
 
 
 def _comment(text: str) -> str:
@@ -150,6 +195,7 @@ class _Command:
     mutation: str
     account_id: str
     by: str
+    """The variable with the token."""
     key: str
     note: bool = False
 
@@ -167,17 +213,26 @@ class _Command:
         )
 
 
-def _remedy(lost: Lost) -> Iterator["str | _Command"]:
-    """What brings the account from how it stands to how it stood. Comments where that is nobody's to do."""
+def _remedy(lost: Lost, manager: str) -> Iterator["str | _Command"]:
+    """What brings the account from how it stands to how it stood. Comments where that is nobody's to do. `manager` is
+    the variable for its Customer Success Manager."""
     last, account = lost.transitions[-1], lost.account
-    key = f"lost-{last.id}"
 
     def command(mutation: str, by: str = BILLING, *, note: bool = False) -> _Command:
         account_id = ids.encode(ids.Kind.ACCOUNT, lost.account_id)
-        return _Command(mutation=mutation, account_id=account_id, by=by, key=f"{key}-{mutation}", note=note)
+        return _Command(mutation=mutation, account_id=account_id, by=by, key=f"lost-{last.id}-{mutation}", note=note)
+
+    def open_again(account: AccountView) -> Iterator["str | _Command"]:
+        yield "#   Only members confirm; this sends them the link."
+        if account.request is not None:
+            yield command("withdrawCancellation", manager)
+        yield command("cancelAccount", note=True)
 
     if account is None:
-        yield "#   The host's next sync makes it again, active. If it was canceled, open it then with cancelAccount."
+        yield "#   The host's next sync makes it again, active, under another id. If it was canceled, open it then."
+        return
+    if lost.has_gone_on:
+        yield "#   It has gone on since, as the database knows: look at it, and decide."
         return
     types = [step.type for step in lost.transitions]
     held = [_HELD[kind] for kind in types if kind in _HELD]
@@ -185,11 +240,10 @@ def _remedy(lost: Lost) -> Iterator["str | _Command"]:
     if last.status in {AccountStatus.DELETING, AccountStatus.DELETED}:
         if account.status is AccountStatus.CANCELED:
             yield "#   It was being deleted, or was: it is again, when deletions are resumed."
-        return
-    if last.status is AccountStatus.CANCELED:
+    elif last.status is AccountStatus.CANCELED:
         if account.status is not AccountStatus.CANCELED:
-            yield "#   Its members have access again. Only they confirm; this sends them the link."
-            yield command("cancelAccount", note=True)
+            yield "#   It was canceled, and its members have access again."
+            yield from open_again(account)
             if was_held:
                 yield "#   When it is canceled again, hold its deletion."
         elif TransitionType.CANCELED in types:
@@ -200,22 +254,23 @@ def _remedy(lost: Lost) -> Iterator["str | _Command"]:
             yield command("holdDeletion", note=True)
         elif not was_held and account.deletion_held_at is not None:
             yield command("releaseDeletion", note=True)
-        return
-    if account.status is AccountStatus.CANCELED:
+    elif account.status is AccountStatus.CANCELED:
         yield command("restartAccount")
         if last.status is AccountStatus.CANCELLATION_SCHEDULED:
-            yield "#   Then its members were to lose access at the end of the paid period. This sends them the link."
-            yield command("cancelAccount", note=True)
-    elif last.status is AccountStatus.CANCELLATION_SCHEDULED and account.status is AccountStatus.ACTIVE:
-        yield "#   A cancellation was scheduled. Only members confirm; this sends them the link."
-        yield command("cancelAccount", note=True)
-    elif last.status is AccountStatus.ACTIVE and (
-        account.status is AccountStatus.CANCELLATION_SCHEDULED
-        or (
-            account.request is not None
-            and {TransitionType.OFFER_ACCEPTED, TransitionType.CANCELLATION_WITHDRAWN} & {*types}
-        )
-    ):
-        yield command("withdrawCancellation", CSM)
+            yield "#   Then it was to be canceled at the end of the paid period."
+            yield from open_again(account)
+    elif last.status is AccountStatus.CANCELLATION_SCHEDULED:
+        if account.status is AccountStatus.ACTIVE:
+            yield "#   Its cancellation was scheduled."
+            yield from open_again(account)
+    elif account.status is AccountStatus.CANCELLATION_SCHEDULED:
+        yield "#   Of these two the first is refused once the cancellation has taken effect, and the second before."
+        yield command("withdrawCancellation", manager)
+        yield command("restartAccount")
+    elif account.request is not None and {*types} & _CLOSED:
+        yield command("withdrawCancellation", manager)
         if TransitionType.OFFER_ACCEPTED in types:
             yield "#   An offer was accepted: billing keeps to it."
+
+
+_CLOSED = {TransitionType.OFFER_ACCEPTED, TransitionType.CANCELLATION_WITHDRAWN}

@@ -34,6 +34,7 @@ import orjson
 import structlog
 
 from app import accounts, changes, db, enforcement, errors, halts, history, lifecycle
+from app.accounts import AccountView
 from app.auth import Installation
 from app.db import Database
 from app.db.origin import Origin, origin, this_transaction_sql, writer_sql
@@ -103,29 +104,35 @@ _seen: WeakKeyDictionary[Database, _Seen] = WeakKeyDictionary()
 
 async def check(installation: Installation) -> None:
     """Look whether the database went back in time or is another one, and halt all deletions if so. Remembers what
-    there is to see now. To be called outside of a transaction."""
+    there is to see now. To be called outside of a transaction. A standby is left alone: it is another one's copy."""
     where = await origin()
-    if (record := await _record()) is None:
-        finding = await _unknown_here(installation)
-        await _introduce(where)
-        record = await _record()
-        assert record is not None
-    else:
-        finding = await _compare(installation, record, where)
-    if finding is not None:
-        await _act(installation, finding, record.incidents, where)
-    elif _differ(record.timeline, where.timeline):
-        await _adopt(where)
-        _log.warning("database.failed_over", timeline=where.timeline)
-    await _remember(installation, where)
+    while not where.is_standby:
+        record, is_new = await _record(), False
+        if record is None:
+            finding = await _unknown_here(installation)
+            is_new = await _introduce(where)
+            if not is_new:
+                continue  # another process was first
+            record = await _record()
+            assert record is not None
+        else:
+            finding = await _compare(installation, record, where)
+        if finding is not None and not await _act(installation, finding, record.incidents, where):
+            continue  # another process has found something meanwhile: is there more to find?
+        if finding is None and _differ(record.timeline, where.timeline):
+            await _adopt(where)
+            _log.warning("database.failed_over", timeline=where.timeline)
+        await _remember(installation, where)
+        await _keep_time(installation)
+        return
 
 
 async def examine(installation: Installation) -> Finding | None:
     """What `check` would find, without doing anything about it."""
-    record = await _record()
-    if record is None:
-        return await _unknown_here(installation)
-    return await _compare(installation, record, await origin())
+    record, where = await _record(), await origin()
+    if where.is_standby:
+        return None
+    return await (_unknown_here(installation) if record is None else _compare(installation, record, where))
 
 
 async def _record() -> Record | None:
@@ -156,21 +163,13 @@ async def _unknown_here(installation: Installation) -> Finding | None:
 
 
 async def _compare(installation: Installation, record: Record, where: Origin) -> Finding | None:
-    seen = _seen.get(db.bound()) or _kept(installation, record.identity)
-    if seen is not None and record.incidents < seen.incidents:
-        return Finding(cause=HaltCause.RESTORED, evidence="An earlier restore or move is not known any more.")
-    if seen is not None and record.restores == seen.restores and (lost := await _lost(seen)) is not None:
-        newest = await history.newest()
-        when = f"{lost.occurred_at:%Y-%m-%d at %H:%M:%S} UTC"
-        if newest is None or newest.occurred_at < lost.occurred_at:
-            return Finding(
-                cause=HaltCause.RESTORED, evidence=f"What happened on {when} was in the database and is not any more."
-            )
-        if record.incidents == seen.incidents:
-            return Finding(
-                cause=HaltCause.MOVED,
-                evidence=f"What happened on {when} is not in the database, which has another history.",
-            )
+    """What a process has seen itself is certain. What the file in the data folder says may be another database's, a
+    copy for testing that is made anew each night: then it has what is later than that."""
+    own, kept = _seen.get(db.bound()), _kept(installation, record.identity)
+    found = [await _missing(record, one, is_certain=one is own) for one in (own, kept) if one is not None]
+    for cause in (HaltCause.RESTORED, HaltCause.MOVED):
+        if (one := next((one for one in found if one is not None and one.cause is cause), None)) is not None:
+            return one
     if record.is_copied:
         return Finding(cause=HaltCause.MOVED, evidence="The database is a copy that was dumped and loaded.")
     if _differ(record.database, where.database):
@@ -178,14 +177,36 @@ async def _compare(installation: Installation, record: Record, where: Origin) ->
             cause=HaltCause.MOVED,
             evidence=f"It was {record.database}, and is {where.database}: a copy, or it has moved.",
         )
-    ran_through_it = seen is not None and seen.timeline == record.timeline
-    if _differ(record.timeline, where.timeline) and not ran_through_it:
+    if _differ(record.timeline, where.timeline) and (own is None or own.timeline != record.timeline):
         return Finding(
             cause=HaltCause.MOVED,
             evidence=f"The server's timeline was {record.timeline} and is {where.timeline}: a standby was promoted, or "
-            "the server was restored to a point in time, and no process ran through it.",
+            "the server was restored to a point in time, and this process did not run through it.",
         )
     return None
+
+
+async def _missing(record: Record, seen: _Seen, *, is_certain: bool) -> Finding | None:
+    """What was seen, and is not there."""
+    if record.restores > seen.restores:
+        return None  # it is known: a restore was found or said since
+    landmarks = [one for one in (seen.landmark, history.newest_committed() if is_certain else None) if one is not None]
+    missing = await history.missing({one.id for one in landmarks})
+    lost = max((one for one in landmarks if one.id in missing), key=lambda one: one.occurred_at, default=None)
+    newest = await history.newest()
+    has_later = lost is not None and newest is not None and newest.occurred_at >= lost.occurred_at
+    if lost is None and record.incidents >= seen.incidents:
+        return None
+    what = (
+        "An earlier restore or move"
+        if lost is None
+        else f"What happened on {lost.occurred_at:%Y-%m-%d at %H:%M:%S} UTC"
+    )
+    if is_certain or (lost is not None and not has_later):
+        return Finding(cause=HaltCause.RESTORED, evidence=f"{what} was in the database and is not any more.")
+    if record.incidents > seen.incidents:
+        return None  # the same was found by another process
+    return Finding(cause=HaltCause.MOVED, evidence=f"{what} is not in the database, which has another history.")
 
 
 def _differ(one: object, other: object) -> bool:
@@ -193,16 +214,9 @@ def _differ(one: object, other: object) -> bool:
     return one is not None and other is not None and one != other
 
 
-async def _lost(seen: _Seen) -> Landmark | None:
-    """The newest of what was seen that the database does not have."""
-    landmarks = [one for one in (seen.landmark, history.newest_committed()) if one is not None]
-    missing = await history.missing({one.id for one in landmarks})
-    return max((one for one in landmarks if one.id in missing), key=lambda one: one.occurred_at, default=None)
-
-
-async def _introduce(where: Origin) -> None:
-    """Let a database that knows no installation know this one."""
-    await db.execute(
+async def _introduce(where: Origin) -> bool:
+    """Let a database that knows no installation know this one. Whether it did not."""
+    made = await db.execute(
         "INSERT INTO installation (id, identity, database, timeline, written_by, incidents, restores, created_at) "
         f"SELECT 1, CAST($1 AS {'UUID' if db.dialect() == 'postgresql' else 'TEXT'}), CAST($2 AS VARCHAR(100)), "
         f"CAST($3 AS BIGINT), {this_transaction_sql()}, 0, 0, {db.now_sql()} "
@@ -211,6 +225,7 @@ async def _introduce(where: Origin) -> None:
         where.database,
         where.timeline,
     )
+    return made == 1
 
 
 async def _adopt(where: Origin) -> None:
@@ -222,27 +237,32 @@ async def _adopt(where: Origin) -> None:
     )
 
 
-async def _act(installation: Installation, finding: Finding, incidents: int, where: Origin) -> None:
-    """Halt all deletions for what was found when there had been so many incidents: with one more, another process has
-    found it."""
+async def _act(installation: Installation, finding: Finding, incidents: int, where: Origin) -> bool:
+    """Halt all deletions for what was found when there had been so many incidents. False, and nothing is done, where
+    there is one more: another process has found something."""
     async with db.transaction():
         await db.exclusively(_NAME)
         record = await _record()
         assert record is not None
         if record.incidents != incidents:
-            return
+            return False
         await _note(installation, record, where, restored=finding.cause is HaltCause.RESTORED)
         await halts.begin(installation, finding.cause, finding.evidence)
         db.on_commit(lambda: _log.error("restores.found", cause=finding.cause.value, evidence=finding.evidence))
+    return True
 
 
-async def _note(installation: Installation, record: Record, where: Origin, *, restored: bool) -> None:
-    """Count what was found or said, within the open transaction, and take the database for what it is now."""
-    kept = _kept(installation, record.identity)
-    known = [one for one in (_seen.get(db.bound()), kept) if one is not None]
-    # Restored twice, the database knows nothing of the first time; what this process or the data folder knows counts.
-    incidents = max(record.incidents, *(one.incidents for one in known), 0) + 1
-    restores = max(record.restores, *(one.restores for one in known), 0) + restored
+async def _note(
+    installation: Installation, record: Record, where: Origin, *, restored: bool, at_least: int = 0
+) -> None:
+    """Count what was found or said, within the open transaction, and take the database for what it is now. `at_least`:
+    so many restores there have been, by what else is known."""
+    # Restored twice, the database knows nothing of the first time: what this process and the data folder know counts.
+    known: list[Record | _Seen] = [record, *_kept_of_all(installation)]
+    if (own := _seen.get(db.bound())) is not None:
+        known.append(own)
+    incidents = max(at_least, *(one.incidents for one in known)) + 1
+    restores = max(at_least, *(one.restores for one in known)) + restored
     status = ", restated_behind = NULL, restated_at = NULL" if restored else ""
     await db.execute(
         f"UPDATE installation SET incidents = $1, restores = $2, database = $3, timeline = $4{status}, "
@@ -253,28 +273,34 @@ async def _note(installation: Installation, record: Record, where: Origin, *, re
         where.timeline,
     )
     if restored:
-        await _leave_time(installation)
+        await _leave_time(installation, installation.policy.minimum_notice)
         await changes.announce_all()
 
 
-async def _leave_time(installation: Installation) -> None:
+async def _leave_time(installation: Installation, less_than: timedelta) -> None:
     """Whose window has ended, or ends soon, could not be restarted again, though it was restarted since the back-up:
-    every canceled account has at least the minimum notice left."""
+    a canceled account that has less left has the minimum notice again."""
     policy, now = installation.policy, await db.now()
     date = now + policy.minimum_notice
     await db.execute(
         "UPDATE account SET restartable_until = $1, "
         "deletion_scheduled_for = CASE WHEN deletion_scheduled_for < $1 THEN $1 ELSE deletion_scheduled_for END, "
         "reminder_due_at = CASE WHEN deletion_scheduled_for < $1 THEN $2 ELSE reminder_due_at END "
-        f"WHERE status = '{AccountStatus.CANCELED}' AND restartable_until < $1",
+        f"WHERE status = '{AccountStatus.CANCELED}' AND restartable_until < $3",
         date,
         lifecycle.reminders(date, policy.reminder_days, (), now).next_at,
+        now + less_than,
     )
 
 
+async def _keep_time(installation: Installation) -> None:
+    """As long as nobody has looked after a restore, the time to restart an account does not run out."""
+    if any(one.cause is HaltCause.RESTORED for one in await halts.current()):
+        await _leave_time(installation, installation.policy.minimum_notice / 2)
+
+
 async def _remember(installation: Installation, where: Origin) -> None:
-    history.forget_committed()  # before the database is asked: what is committed since is remembered again
-    record = await _record()
+    committed, record = history.newest_committed(), await _record()
     assert record is not None
     now = _Seen(
         incidents=record.incidents,
@@ -282,6 +308,7 @@ async def _remember(installation: Installation, where: Origin) -> None:
         landmark=await history.newest(),
         timeline=where.timeline,
     )
+    history.forget_committed(committed)  # which the database was asked for since
     if now != _seen.get(db.bound()):
         _keep(installation, record.identity, now)
     _seen[db.bound()] = now
@@ -326,8 +353,17 @@ def _file_name(identity: UUID | str) -> str:
 
 def _kept(installation: Installation, identity: UUID) -> _Seen | None:
     """What the file in the data folder says; None where there is none, or it cannot be read."""
+    return _read(installation.data_dir / _file_name(identity))
+
+
+def _kept_of_all(installation: Installation) -> list[_Seen]:
+    """Of all installations that the data folder knows: one that was restored from before it had a record is another."""
+    return [one for file in installation.data_dir.glob(_file_name("*")) if (one := _read(file)) is not None]
+
+
+def _read(file: Path) -> _Seen | None:
     try:
-        kept = orjson.loads((installation.data_dir / _file_name(identity)).read_bytes())
+        kept = orjson.loads(file.read_bytes())
         landmark = kept["landmark"]
         return _Seen(
             incidents=int(kept["incidents"]),
@@ -350,7 +386,7 @@ def _keep(installation: Installation, identity: UUID, seen: _Seen) -> None:
             "landmark": landmark and {"id": str(landmark.id), "occurred_at": landmark.occurred_at.isoformat()},
         }
     )
-    folder = installation.data_dir
+    folder, draft = installation.data_dir, None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(dir=folder, prefix=".last-seen-")  # mkstemp makes it 0600
@@ -359,17 +395,19 @@ def _keep(installation: Installation, identity: UUID, seen: _Seen) -> None:
         Path(draft).replace(folder / _file_name(identity))
     except OSError as error:
         _log.info("restores.not_kept", reason=error.strerror)
+        if draft is not None:
+            Path(draft).unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------- being told so
 
 
-async def declare(installation: Installation, *, as_of: datetime) -> None:
+async def declare(installation: Installation, *, as_of: datetime, at_least: int = 0) -> None:
     """The database was restored to that time, an operator says: halt all deletions, take every account's epoch ahead,
-    and have everybody notified how each account stands.
+    and have everybody notified how each account stands. `at_least` is what the logs tell of earlier restores.
 
     Saying it of a restore that was found already adds the time and nothing else; so does repeating it. Another time is
-    another restore. Raises `InvalidInput` for a time that has not come.
+    another restore, and so is one of which there is evidence. Raises `InvalidInput` for a time that has not come.
     """
     if as_of > await db.now():
         raise errors.InvalidInput("That time has not come.", field="asOf")
@@ -379,13 +417,28 @@ async def declare(installation: Installation, *, as_of: datetime) -> None:
         await db.exclusively(_NAME)
         record = await _record()
         assert record is not None
-        said = next((one for one in await halts.current() if one.cause is HaltCause.RESTORED), None)
-        if said is None or said.as_of not in (None, as_of):
-            await _note(installation, record, where, restored=True)
+        if await _compare(installation, record, where) is None and await _is_known(as_of):
+            return
+        if not await _is_found(installation, record, where, as_of):
+            await _note(installation, record, where, restored=True, at_least=at_least)
         evidence = f"An operator has said that the database was restored as of {as_of:%Y-%m-%d %H:%M:%S} UTC."
         await halts.begin(installation, HaltCause.RESTORED, evidence, as_of=as_of)
     await _remember(installation, where)
     _log.error("restores.declared", as_of=as_of.isoformat())
+
+
+async def _is_known(as_of: datetime) -> bool:
+    """Whether that restore was said, and the halt after it has ended, or lasts."""
+    lasting = [one.as_of for one in await halts.current() if one.cause is HaltCause.RESTORED]
+    return as_of in lasting or (not lasting and await halts.ended(HaltCause.RESTORED, as_of))
+
+
+async def _is_found(installation: Installation, record: Record, where: Origin, as_of: datetime) -> bool:
+    """Whether the halt that lasts is of that restore. One that is older than what was restored came with it."""
+    if await _compare(installation, record, where) is not None:
+        return False
+    lasting = [one for one in await halts.current() if one.cause is HaltCause.RESTORED]
+    return any(one.as_of is None and as_of < one.halted_at for one in lasting)
 
 
 # ------------------------------------------------------------------------------------------ telling how accounts stand
@@ -421,23 +474,27 @@ async def restate(installation: Installation) -> int:
         if record is None or not record.is_restating:
             return 0
         rows = await db.fetch(f"SELECT id {_LEFT} ORDER BY id LIMIT {_PAGE}", record.restated_behind or _NOBODY)
-        now = await db.now()
+        now, behind, done = await db.now(), record.restated_behind, 0
         for row in rows:
-            await _restate(installation, db.as_uuid(row["id"]), now)
+            account = await accounts.lock_unless_busy(account_id := db.as_uuid(row["id"]))
+            if account is None and await accounts.load(account_id) is not None:
+                break  # somebody else has it: it is the next one, when they are done
+            if account is not None and account.status is not AccountStatus.DELETED:
+                await _restate(installation, account, now)
+            behind, done = account_id, done + 1
+        if rows and not done:
+            return 0
         await db.execute(
             f"UPDATE installation SET restated_behind = $1, restated_at = $2, written_by = {this_transaction_sql()}",
-            db.as_uuid(rows[-1]["id"]) if rows else record.restated_behind,
+            behind,
             None if rows else now,
         )
     if not rows:
         _log.info("restores.restated", restores=record.restores)
-    return len(rows)
+    return done
 
 
-async def _restate(installation: Installation, account_id: UUID, now: datetime) -> None:
-    account = await accounts.lock(account_id)
-    if account is None or account.status is AccountStatus.DELETED:
-        return
+async def _restate(installation: Installation, account: AccountView, now: datetime) -> None:
     await history.append(
         TransitionType.STATUS,
         account_id=account.id,

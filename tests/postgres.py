@@ -153,13 +153,17 @@ class PostgresServer:
     def promote(self) -> None:
         """Make a standby of the server and promote it, as a fail-over does with another one: it has lost nothing, and
         begins a new timeline."""
+        self.stand_by()
+        asyncio.run(self._admin("SELECT pg_promote()"))
+
+    def stand_by(self) -> None:
+        """Let the server follow another one, which there is not."""
         assert self._directory is not None
         self.stop("fast")
         signal_file = self._directory / "data" / "standby.signal"
         signal_file.touch()
         os.chown(signal_file, (self._directory / "data").stat().st_uid, -1)
         self.start()
-        asyncio.run(self._admin("SELECT pg_promote()"))
 
     def snapshot(self) -> Path:
         """A copy of all of the server's files, of which `put_back` makes what it is now."""

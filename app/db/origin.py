@@ -22,6 +22,8 @@ class Origin:
     database: str | None
     """The server's number and the database's, or the file's."""
     timeline: int | None
+    is_standby: bool = False
+    """It follows another server, and what it is will be known when it is promoted."""
 
 
 _SYSTEM = "(SELECT system_identifier::text FROM pg_control_system())"
@@ -39,11 +41,15 @@ async def origin() -> Origin:
     if database.dialect == "sqlite":
         return Origin(database=f"file {_inode(sqlite_path(database.url))}", timeline=None)
     system, timeline = await _ask(database, _SYSTEM), await _ask(database, _TIMELINE)
-    row = await db.fetch_one("SELECT oid::bigint AS oid FROM pg_database WHERE datname = current_database()")
+    row = await db.fetch_one(
+        "SELECT oid::bigint AS oid, pg_is_in_recovery() AS is_standby FROM pg_database "
+        "WHERE datname = current_database()"
+    )
     assert row is not None
     return Origin(
         database=None if system is None else f"server {system}, database {row['oid']}",
         timeline=None if timeline is None else int(str(timeline)),
+        is_standby=row["is_standby"],
     )
 
 

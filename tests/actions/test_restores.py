@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,35 @@ from uuid import UUID
 
 import orjson
 import pytest
+from tortoise.connection import get_connection
 
-from app import db, deletion, doctor, endpoints, errors, halts, history, ids, invariants, lost_transitions, restores
+from app import (
+    db,
+    deletion,
+    doctor,
+    endpoints,
+    errors,
+    halts,
+    history,
+    ids,
+    invariants,
+    lost_transitions,
+    policy,
+    restores,
+)
 from app.breaker import read as breaker
 from app.db import Database
 from app.db.origin import origin
 from app.ids import Kind
-from app.lifecycle import EPOCHS_OF_A_RESTORE, SYSTEM, AccountStatus, ActorKind, HaltCause, TransitionType
+from app.lifecycle import (
+    EPOCHS_OF_A_RESTORE,
+    SYSTEM,
+    AccountStatus,
+    ActorKind,
+    CancellationTiming,
+    HaltCause,
+    TransitionType,
+)
 from app.lost_transitions import Lost
 from tests.actions.test_live import follow, next_of
 from tests.cast import ALICE, BILLING, CSM, SUPPORT, Stage, stage
@@ -37,6 +60,14 @@ from tests.test_receiver import Reference, endpoint_at, port, reference, truth
 __all__ = ["port", "reference"]
 
 INGRID = "ingrid@initech.example"
+
+
+def forget_everything(directory: Path) -> None:
+    """What a process and its data folder know of the database, as on a new machine."""
+    restores._seen.clear()
+    history.forget_committed(history.newest_committed())
+    for file in directory.glob("last-seen-*"):
+        file.unlink()
 
 
 async def causes() -> list[HaltCause]:
@@ -230,10 +261,7 @@ async def test_a_fail_over_that_loses_nothing_is_told_apart(postgres_server: Pos
         await restores.check(house.installation)
         before = (await origin()).timeline
         await asyncio.to_thread(postgres_server.promote)
-        while True:
-            with contextlib.suppress(errors.Unavailable):
-                await restores.check(house.installation)
-                break
+        await when_it_is_back(house)
         assert (await origin()).timeline != before
         assert await causes() == [], "the process that ran through it finds all that it has seen"
     async with opened(postgres_server.url(name), tmp_path):
@@ -242,6 +270,72 @@ async def test_a_fail_over_that_loses_nothing_is_told_apart(postgres_server: Pos
     async with opened(postgres_server.url(name), tmp_path):
         assert await causes() == [HaltCause.MOVED], "who was not there asks"
     await postgres_server.drop_database(name)
+
+
+@pytest.mark.postgres
+async def test_a_standby_is_left_alone_until_it_is_promoted(postgres_server: PostgresServer, tmp_path: Path) -> None:
+    if not postgres_server.can_restart:
+        pytest.skip("the server is somebody else's")
+    name = await postgres_server.create_database()
+    async with opened(postgres_server.url(name), tmp_path) as house:
+        await house.cancel()
+        await restores.check(house.installation)
+        await asyncio.to_thread(postgres_server.stand_by)
+        await when_it_is_back(house)
+        assert (await origin()).is_standby
+        await asyncio.to_thread(postgres_server.promote)
+        await when_it_is_back(house)
+        assert await causes() == []
+    await postgres_server.drop_database(name)
+
+
+async def when_it_is_back(house: Stage) -> None:
+    """Look, as soon as the server answers."""
+    while True:
+        with contextlib.suppress(errors.Unavailable):
+            return await restores.check(house.installation)
+
+
+@pytest.mark.postgres
+async def test_a_halt_that_has_begun_is_behind_all_deletions_that_have(postgres_house: Stage) -> None:
+    """It waits for who is just beginning some."""
+    client: Any = get_connection("postgresql")
+    beginning = await client.connect()
+    try:
+        await beginning.execute("BEGIN")
+        await beginning.execute(f"SELECT pg_advisory_xact_lock(hashtextextended('{halts.LOCK}', 0))")
+        halting = asyncio.create_task(halts.halt(postgres_house.installation, "Wait."))
+        async with asyncio.timeout(30):
+            while not await beginning.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                pass
+        assert not halting.done()
+        await beginning.execute("COMMIT")
+        await halting
+    finally:
+        await beginning.close()
+    assert await causes() == [HaltCause.OPERATOR]
+
+
+@pytest.mark.postgres
+async def test_an_account_that_somebody_has_locked_delays_itself_alone(postgres_house: Stage) -> None:
+    """Neither does it keep timers waiting; when it is free, the others follow."""
+    house = postgres_house
+    await declared(house)
+    first, *others = await db.fetch("SELECT id FROM account ORDER BY id")
+    client: Any = get_connection("postgresql")
+    somebody = await client.connect()
+    try:
+        await somebody.execute("BEGIN")
+        await somebody.execute("SELECT 1 FROM account WHERE id = $1 FOR UPDATE", others[0]["id"])
+        assert await restores.restate(house.installation) == 1
+        assert await restores.restate(house.installation) == 0
+        assert (await restores.restatement()).left == len(others)
+        await somebody.execute("COMMIT")
+    finally:
+        await somebody.close()
+    await house.worker().drain()
+    assert (await restores.restatement()).left == 0
+    assert await count("transition", "type = 'account.status'") == len([first, *others])
 
 
 @pytest.mark.postgres
@@ -259,10 +353,7 @@ async def test_files_that_are_put_back_are_found_by_what_was_seen(
                 await house.cancel()
                 break
         await asyncio.to_thread(postgres_server.put_back, snapshot)
-        while True:
-            with contextlib.suppress(errors.Unavailable):
-                await restores.check(house.installation)
-                break
+        await when_it_is_back(house)
         assert await causes() == [HaltCause.RESTORED], "though the cancellation was in no file yet"
     await postgres_server.drop_database(name)
 
@@ -327,6 +418,98 @@ async def test_a_file_in_the_place_of_another_is_found(sqlite_database: Database
         await db.execute("UPDATE installation SET database = 'file 1'")
         await restores.check(house.installation)
         assert await causes() == [HaltCause.MOVED]
+
+
+async def test_a_process_that_was_there_is_certain_whatever_has_happened_since(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    """A request that came between the restore and the next look does not make another history of it."""
+    async with stage(sqlite_database, tmp_path) as house:
+        back_up = BackUp(sqlite_database)
+        await house.cancel()
+        await restores.check(house.installation)
+        back_up.restore()
+        await house.request_cancellation(INGRID, "initech")
+        await restores.check(house.installation)
+        assert await causes() == [HaltCause.RESTORED]
+
+
+async def test_who_is_certain_is_heard_behind_who_is_not(
+    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has just started finds a copy, while another one has found that it was restored."""
+    async with stage(sqlite_database, tmp_path) as house:
+        back_up = BackUp(sqlite_database)
+        await house.cancel()
+        await restores.check(house.installation)
+        back_up.restore()
+        act, copied = restores._act, restores.Finding(cause=HaltCause.MOVED, evidence="A copy.")
+
+        async def behind(installation: Any, finding: Any, incidents: int, where: Any) -> bool:
+            monkeypatch.setattr(restores, "_act", act)
+            assert await act(installation, copied, incidents, where)
+            return await act(installation, finding, incidents, where)
+
+        monkeypatch.setattr(restores, "_act", behind)
+        await restores.check(house.installation)
+        assert await causes() == [HaltCause.RESTORED], "which says what the other only asked"
+        assert (await restores.restatement()).restores == 1
+
+
+async def test_who_knows_less_does_not_hide_what_the_data_folder_knows(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    async with stage(sqlite_database, tmp_path) as house:
+        await restores.check(house.installation)
+        knows_less = restores._seen[db.bound()]
+        back_up = BackUp(sqlite_database)
+        await house.cancel()
+        await restores.check(house.installation)  # as another process does, that shares the folder
+        back_up.restore()
+        restores._seen[db.bound()] = knows_less
+        await restores.check(house.installation)
+        assert await causes() == [HaltCause.RESTORED]
+
+
+async def test_what_was_committed_is_remembered_though_a_look_breaks_off(
+    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage(sqlite_database, tmp_path) as house:
+        back_up = BackUp(sqlite_database)
+        await house.cancel()
+
+        async def away() -> None:
+            raise errors.Unavailable("The database is away.")
+
+        with monkeypatch.context() as patch, contextlib.suppress(errors.Unavailable):
+            patch.setattr(history, "newest", away)
+            await restores.check(house.installation)
+        back_up.restore()
+        await restores.check(house.installation)
+        assert await causes() == [HaltCause.RESTORED]
+
+
+async def test_a_halt_that_came_with_the_back_up_is_not_this_ones(sqlite_database: Database, tmp_path: Path) -> None:
+    """The nightly back-up was made while an earlier halt lasted; epochs do not come again."""
+    async with stage(sqlite_database, tmp_path) as house:
+        await house.cancel()
+        await restores.check(house.installation)
+        await restores._act(
+            house.installation,
+            restores.Finding(cause=HaltCause.RESTORED, evidence="Found by a process."),
+            0,
+            await origin(),
+        )
+        await house.worker().drain()
+        back_up, as_of = BackUp(sqlite_database), await db.now()
+        await house.cancel(INGRID, "initech", "Initech")
+        key = await house.account_key("initech")
+        told = (await account(key))["epoch"]
+        back_up.restore()
+        forget_everything(tmp_path)
+        await declared(house, as_of)
+        await house.cancel(INGRID, "initech", "Initech")
+        assert (await account(key))["epoch"] > told
 
 
 async def test_another_history_is_not_taken_for_a_restore(house: Stage) -> None:
@@ -440,6 +623,12 @@ async def test_a_restore_is_said_once_and_its_time_is_noted(house: Stage) -> Non
     assert [one.as_of for one in await halts.current()] == [as_of]
     await declared(house, as_of - DAY)
     assert (await restores.restatement()).restores == 2, "another time is another restore"
+    await halts.resume("Looked at.")
+    await declared(house, as_of - DAY)
+    assert (await restores.restatement()).restores == 2
+    assert await causes() == [], "who only reads another log halts nothing"
+    await restores.declare(house.installation, as_of=as_of - 2 * DAY, at_least=7)
+    assert (await restores.restatement()).restores == 8, "the logs know of earlier ones, though the database does not"
     with pytest.raises(errors.InvalidInput):
         await declared(house, await db.now() + DAY)
 
@@ -457,7 +646,27 @@ async def test_a_canceled_account_can_be_restarted_for_the_minimum_notice_after_
     assert (await house.do(BILLING, "restartAccount", accountId=account_id))["__typename"] == "RestartAccountSuccess"
 
 
+async def test_the_time_to_restart_does_not_run_out_while_nobody_has_looked(house: Stage) -> None:
+    [gone, _] = await many_canceled(house, 2, await db.now() - HOUR)
+    await declared(house)
+    for _ in range(5):
+        await db.advance_clock(house.installation.policy.minimum_notice * 0.6)
+        await restores.check(house.installation)
+    restarted = await house.do(BILLING, "restartAccount", accountId=ids.encode(Kind.ACCOUNT, gone))
+    assert restarted["__typename"] == "RestartAccountSuccess"
+
+
 # ------------------------------------------------------------------------------------------------------ halts by hand
+
+
+async def test_a_halt_that_nobody_has_looked_at_does_not_end_with_another(house: Stage) -> None:
+    await halts.halt(house.installation, "A fault in the import.")
+    await declared(house)
+    with pytest.raises(errors.InvalidInput, match="OPERATOR, RESTORED"):
+        await halts.resume("Mended.")
+    ended = await halts.resume("Mended.", [HaltCause.OPERATOR])
+    assert [one.evidence for one in ended] == ["A fault in the import."]
+    assert await causes() == [HaltCause.RESTORED]
 
 
 async def test_halted_by_hand_nothing_begins_until_it_is_resumed(house: Stage) -> None:
@@ -522,10 +731,13 @@ async def test_each_transition_is_in_the_log(house: Stage) -> None:
     assert len(list(lost_transitions.read(logged(text)))) == len(rows)
 
 
-@pytest.mark.parametrize("log", [b"", b"plain text\n", b"[1, 2]\n{not json}\n"])
-def test_a_log_without_json_is_refused(log: bytes) -> None:
+@pytest.mark.parametrize(
+    "log", [b"", b"plain text\n", b"[1, 2]\n", b'{"event": "http.request"}\n2026 [info] account.transition id=1\n']
+)
+def test_a_log_that_cannot_be_read_is_refused(log: bytes) -> None:
+    """What is not read would be taken for nothing lost."""
     with pytest.raises(errors.InvalidInput):
-        list(lost_transitions.read([log]))
+        list(lost_transitions.read(log.splitlines()))
 
 
 def test_a_line_that_a_container_has_prefixed_is_read_and_a_broken_one_refused() -> None:
@@ -535,8 +747,11 @@ def test_a_line_that_a_container_has_prefixed_is_read_and_a_broken_one_refused()
         b'"status": "ACTIVE", "epoch": 2, "sequence": 4, "actor_kind": "STAFF", '
         b'"occurred_at": "2026-11-23T09:30:00+00:00"}\n'
     )
-    [one] = lost_transitions.read([b'{"event": "http.request"}\n', line])
+    in_a_container = orjson.dumps({"log": line.partition(b"| ")[2].decode(), "stream": "stderr"})
+    of_a_query = b'2026-11-23 {app="sunset"} ' + line.partition(b"| ")[2]
+    [one, *others] = lost_transitions.read([b'{"event": "http.request"}\n', line, in_a_container, of_a_query])
     assert one.occurred_at == datetime(2026, 11, 23, 9, 30, tzinfo=UTC)
+    assert others == [one, one]
     with pytest.raises(errors.InvalidInput):
         list(lost_transitions.read([line.replace(b"STAFF", b"NOBODY")]))
 
@@ -593,13 +808,85 @@ async def test_what_an_active_account_has_lost_is_done_again(sqlite_database: Da
         async with serving(house.app, house.installation.changes) as served:
             commands = list(lost_transitions.script(lost, served.http.removesuffix("/graphql")))
             assert commands == list(lost_transitions.script(lost, served.http.removesuffix("/graphql")))
-            tokens = {"BILLING": house.token(BILLING), "CSM": house.token(CSM)}
+            tokens = {"BILLING": house.token(BILLING), "CSM_1": house.token(CSM)}
             answers = await asyncio.to_thread(run, commands, **tokens)
             again = await asyncio.to_thread(run, commands, **tokens)
         told = sorted(answer["__typename"] for data in answers for answer in data.values())
         assert told == ["CancelAccountSuccess", "WithdrawCancellationSuccess"]
         assert answers == again, "repeating them has no second effect"
         assert await promised(await house.account_key("acme"), "confirmation-requested")
+
+
+async def test_a_lost_confirmation_of_an_open_request_is_asked_for_again(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    """The member's own request is open still: it makes room for one whose link the members are sent."""
+    async with stage(sqlite_database, tmp_path) as house:
+        await house.request_cancellation()
+        back_up = BackUp(sqlite_database)
+        with log_in_memory() as stream:
+            await house.cancel()
+        back_up.restore()
+        lost = await lost_transitions.find(lost_transitions.read(logged(stream.getvalue())))
+        async with serving(house.app, house.installation.changes) as served:
+            commands = list(lost_transitions.script(lost, served.http.removesuffix("/graphql")))
+            answers = await asyncio.to_thread(run, commands, BILLING=house.token(BILLING), CSM_1=house.token(CSM))
+        told = [answer["__typename"] for data in answers for answer in data.values()]
+        assert told == ["WithdrawCancellationSuccess", "CancelAccountSuccess"]
+        assert await promised(await house.account_key("acme"), "confirmation-requested")
+
+
+async def test_a_withdrawal_that_is_lost_is_done_again_before_and_after_the_effect(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    plans = dict(policy.load().plans)
+    plans["essentials"] = replace(plans["essentials"], effective=CancellationTiming.PERIOD_END)
+    async with stage(sqlite_database, tmp_path, plans=plans) as house:
+        end = await db.now() + DAY
+        await db.execute("UPDATE account SET current_period_end = $1", end)
+        await house.cancel()
+        back_up = BackUp(sqlite_database)
+        with log_in_memory() as stream:
+            await house.do(ALICE, "withdrawCancellation", accountId=await house.account_id("acme"))
+        back_up.restore()
+        assert await mutations(house, logged(stream.getvalue())) == ["withdrawCancellation", "restartAccount"]
+
+
+async def test_of_an_account_that_has_gone_on_people_decide(sqlite_database: Database, tmp_path: Path) -> None:
+    """A restart is lost, done again by hand, and the customer cancels again: the log does not undo that."""
+    async with stage(sqlite_database, tmp_path) as house:
+        acme = await house.account_id("acme")
+        await house.cancel()
+        back_up = BackUp(sqlite_database)
+        with log_in_memory() as stream:
+            await house.do(BILLING, "restartAccount", accountId=acme)
+        back_up.restore()
+        lines = logged(stream.getvalue())
+        await declared(house)
+        await house.worker().drain()
+        assert await mutations(house, lines) == ["restartAccount"], "a status that was sent is nothing that happened"
+        await house.do(BILLING, "restartAccount", accountId=acme)
+        await house.cancel()
+        assert await mutations(house, lines) == []
+
+
+async def test_each_manager_has_a_variable_of_their_own(sqlite_database: Database, tmp_path: Path) -> None:
+    async with stage(sqlite_database, tmp_path) as house:
+        [row] = await db.fetch("SELECT id FROM staff WHERE email = $1", CSM)
+        await db.execute("UPDATE account SET csm_id = $1 WHERE reference = 'acme'", row["id"])
+        await db.execute("UPDATE account SET csm_id = NULL WHERE reference = 'initech'")
+        await house.request_cancellation()
+        await house.request_cancellation(INGRID, "initech")
+        back_up = BackUp(sqlite_database)
+        with log_in_memory() as stream:
+            for who, reference in ((ALICE, "acme"), (INGRID, "initech")):
+                await house.do(who, "withdrawCancellation", accountId=await house.account_id(reference))
+        back_up.restore()
+        lost = await lost_transitions.find(lost_transitions.read(logged(stream.getvalue())))
+        text = "\n".join(lost_transitions.script(lost, "https://sunset.example"))
+        assert f"# CSM_1: a token of {CSM}." in text
+        assert "# CSM_2: a token of any Customer Success Manager." in text
+        assert re.findall(r"Bearer \$(\w+)", text) == ["CSM_1", "CSM_2"]
 
 
 async def test_an_account_that_is_lost_itself_is_told_of(sqlite_database: Database, tmp_path: Path) -> None:
@@ -615,5 +902,5 @@ async def test_an_account_that_is_lost_itself_is_told_of(sqlite_database: Databa
             occurred_at=await db.now(),
         )
         [lost] = await lost_transitions.find([unknown, unknown])
-        assert lost == Lost(account_id=unknown.account_id, account=None, transitions=[unknown])
+        assert lost == Lost(account_id=unknown.account_id, account=None, transitions=[unknown], has_gone_on=False)
         assert "next sync" in "\n".join(lost_transitions.script([lost], "https://sunset.example"))

@@ -1,5 +1,6 @@
 """`sunset restored`, and halting deletions by hand, as somebody at a terminal does."""
 
+import gzip
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_deletions_are_halted_and_go_on(sunset: Run, play: Play) -> None:
         in sunset("deletions", "resume", "--note", "Mended.").out
     )
     again = sunset("deletions", "resume", "--note", "Mended.")
-    assert (again.status, again.err) == (1, "sunset: No halt lasts; there is nothing to resume.\n")
+    assert (again.status, again.err) == (1, "sunset: No such halt lasts; there is nothing to resume.\n")
     assert sunset("deletions", "halt", "--note", "").status == 1
 
 
@@ -53,7 +54,12 @@ def test_a_restore_is_said_and_what_is_lost_is_printed(sunset: Run, play: Play, 
     assert trouble[0] is not None
     said = sunset("restored", "--as-of", "2026-01-31T04:00Z", "--log", str(log))
     assert said.status == 0
-    assert "as of 2026-01-31 04:00:00 UTC. No deletion begins." in said.out
+    assert "as of 2026-01-31 04:00:00 UTC." in said.out
+    assert re.search(r"^# \S+: 1 transitions, from .* UTC to .* UTC$", said.out, re.MULTILINE)
+    packed = tmp_path / "log.gz"
+    packed.write_bytes(gzip.compress(log.read_bytes()))
+    again = sunset("restored", "--as-of", "2026-01-31T04:00Z", "--log", str(packed))
+    assert again.out.replace("log.gz", "log") == said.out
     assert re.search(r"^#   .* UTC  account\.restarted  by STAFF, then ACTIVE$", said.out, re.MULTILINE)
     assert len(re.findall(r"^curl .*restartAccount", said.out, re.MULTILINE)) == 1
     assert all(line.startswith(("#", "curl ")) for line in said.out.splitlines() if line), "it can be run"
@@ -72,7 +78,7 @@ def test_a_time_that_cannot_be_meant_is_wrong_usage(migrated: Run, time: str) ->
 def test_a_time_that_has_not_come_and_a_log_that_is_none_are_refused(migrated: Run, tmp_path: Path) -> None:
     result = migrated("restored", "--as-of", "2999-01-31T04:00Z")
     assert (result.status, result.err) == (1, "sunset: That time has not come.\n")
-    (tmp_path / "log").write_text("2026-01-31 [info] account.transition\n")
+    (tmp_path / "log").write_text("2026-01-31 [info] http.request\n")
     result = migrated("restored", "--as-of", "2026-01-31T04:00Z", "--log", str(tmp_path / "log"))
     assert result.status == 1
     assert "SUNSET_LOG_FORMAT" in result.err
