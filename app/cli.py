@@ -376,12 +376,12 @@ An account (on one line) has **reference**, **name**, **planCode**, and may have
 (2027-01-31T00:00:00Z), **csmEmail** (an active Customer Success Manager) and **members**.
 
 **members** are all of the account's members: who is not in the list is removed, also while the account is canceled.
-Left out, they stay as they are. Who is staff or a service cannot be one. A member has **subject**, **email**, **name**,
-**role** (ADMIN or MEMBER), and may have **permissions** (["ACCESS_BILLING_AND_ACCOUNT_INFO"]) and **issuer** (left out:
-the one that this installation trusts).
+Left out, they stay as they are. Who is staff or a service is none, and taken for not listed. A member has **subject**,
+**email**, **name**, **role** (ADMIN or MEMBER), and may have **permissions** (["ACCESS_BILLING_AND_ACCOUNT_INFO"]) and
+**issuer** (left out: the one that this installation trusts).
 
-Bad lines are told with their number and reason, and all others are imported; the exit status is then 1. Importing
-again changes nothing, and no import changes the state of a cancellation.
+Bad lines, and members who are left out, are told with the line's number and the reason, and all else is imported; the
+exit status is then 1. Importing again changes nothing, and no import changes the state of a cancellation.
 """
 
 
@@ -392,12 +392,13 @@ def import_(
 ) -> None:
     settings = _settings()
     with nullcontext(sys.stdin.buffer) if file == "-" else Path(file).open("rb") as stream:
-        bad = _run(_import(settings, stream, dry_run=dry_run))
-    if bad:
+        complete = _run(_import(settings, stream, dry_run=dry_run))
+    if not complete:
         sys.exit(1)
 
 
-async def _import(settings: Settings, stream: BinaryIO, *, dry_run: bool) -> int:
+async def _import(settings: Settings, stream: BinaryIO, *, dry_run: bool) -> bool:
+    """Whether everything in the file could be used."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -427,13 +428,14 @@ async def _import(settings: Settings, stream: BinaryIO, *, dry_run: bool) -> int
                 raise errors.Refusal(
                     f"Stopped after line {seen:,}: {error.message} What is before is imported; import the file again."
                 ) from None
-    would = "would be " if dry_run else ""
+    would, refused = "would be " if dry_run else "", summary.members_refused
     print(
         f"{summary.created:,} accounts {would}created, {summary.updated:,} {would}updated, {summary.unchanged:,} "
-        f"unchanged; {summary.bad:,} bad {'line' if summary.bad == 1 else 'lines'}."
+        f"unchanged; {summary.bad:,} bad {'line' if summary.bad == 1 else 'lines'}"
+        + (f", {refused:,} {'member' if refused == 1 else 'members'} refused." if refused else ".")
         + (" Nothing was changed." if dry_run else "")
     )
-    return summary.bad
+    return not (summary.bad or refused)
 
 
 def _printable(text: str, longest: int = 300) -> str:
@@ -1260,8 +1262,8 @@ def staff_add(
 def _tell_memberships(accounts: int) -> None:
     if accounts:
         print(
-            f"{accounts:,} accounts list this subject as a member, which it is not for as long: let the host stop "
-            "listing it, or its syncs of these accounts are refused."
+            f"{accounts:,} accounts list this subject as a member, which it is not for as long: the host's next syncs "
+            "of these accounts take it off and name it in their answers (membersRefused)."
         )
 
 

@@ -204,7 +204,7 @@ async def _members() -> Check:
         return _warn(
             "members",
             f"{listed:,} {'member is' if listed == 1 else 'members are'} staff or a service, and so no member for as "
-            "long. The host's syncs of their accounts are refused until it stops listing them.",
+            "long. The host's next syncs of their accounts take them off and name them (membersRefused).",
         )
     return _ok("members", "none of them is staff or a service")
 

@@ -9,11 +9,12 @@
 * currentPeriodEnd: when the paid period ends, as 2027-01-31T00:00:00Z. csmEmail: the address of an active Customer
   Success Manager. Left out or null: the account has none.
 * members: all of the account's members; who is not in the list is removed, also while the account is canceled. Left out
-  or null: they stay as they are. Who is staff or a service cannot be one. A member has subject, email, name and role
-  (ADMIN or MEMBER), and may have permissions (["ACCESS_BILLING_AND_ACCOUNT_INFO"]) and issuer (left out: this
-  installation's).
+  or null: they stay as they are. Who is staff or a service is none, and taken for not listed. A member has subject,
+  email, name and role (ADMIN or MEMBER), and may have permissions (["ACCESS_BILLING_AND_ACCOUNT_INFO"]) and issuer
+  (left out: this installation's).
 
-A line that cannot be used is told with its number and reason, and the others are imported. Importing the same file
+A line that cannot be used is told with its number and reason, and the others are imported; so is each member who is
+left out of a line that is imported. Importing the same file
 again changes nothing; of two lines with one reference, the later one holds. Blank lines are skipped.
 
 Knows the format and `app.provisioning`; neither terminals nor files by name.
@@ -43,12 +44,14 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class Summary:
-    """How many accounts were or, in a dry run, would be created, updated and left alone, and how many lines are bad."""
+    """How many accounts were or, in a dry run, would be created, updated and left alone, how many lines are bad, and
+    how many members were left out of the others."""
 
     created: int = 0
     updated: int = 0
     unchanged: int = 0
     bad: int = 0
+    members_refused: int = 0
 
 
 async def run(
@@ -61,9 +64,9 @@ async def run(
 ) -> Summary:
     """Import the whole stream in batches, each of them one transaction.
 
-    `complain` is told of each bad line, by its number from 1 and the reason; `progress`, after each batch, how many
-    lines and bytes were taken since. Raises `Unavailable` when the database goes away: what was told of as progress
-    is imported, and the import can be run again.
+    `complain` is told of each bad line and of each member refused, by the line's number from 1 and the reason;
+    `progress`, after each batch, how many lines and bytes were taken since. Raises `Unavailable` when the database goes
+    away: what was told of as progress is imported, and the import can be run again.
     """
     summary = Summary()
     batch = _Batch()
@@ -77,15 +80,18 @@ async def run(
             ):
                 if result.refusal is not None:
                     refuse(number, result.refusal)
-                else:
-                    _count(summary, result.outcome)
+                    continue
+                _count(summary, result.outcome)
+                summary.members_refused += len(result.members_refused)
+                for refused in result.members_refused:
+                    complain(number, _reason(refused))
         batch.clear()
         progress(lines, size)
         lines = size = 0
 
     def refuse(number: int, refusal: errors.InvalidInput) -> None:
         summary.bad += 1
-        complain(number, f"{refusal.field}: {refusal.message}" if refusal.field else refusal.message)
+        complain(number, _reason(refusal))
 
     for number, (line, length) in enumerate(_lines(stream), start=1):
         try:
@@ -102,6 +108,10 @@ async def run(
         lines, size = lines + 1, size + length
     await flush()
     return summary
+
+
+def _reason(refusal: errors.InvalidInput) -> str:
+    return f"{refusal.field}: {refusal.message}" if refusal.field else refusal.message
 
 
 def _count(summary: Summary, outcome: Outcome) -> None:

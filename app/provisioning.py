@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -66,7 +66,8 @@ class AccountItem:
     csm_email: str | None = None
     """The account's Customer Success Manager."""
     members: Sequence[MemberItem] | None = None
-    """All members: who is not in it is removed, also while the account is canceled. None leaves them as they are."""
+    """All members: who is not in it is removed, also while the account is canceled, and so is who is staff or a
+    service. None leaves them as they are."""
 
 
 class Outcome(StrEnum):
@@ -87,6 +88,8 @@ class ItemResult:
     members_changed: int = 0
     members_removed: int = 0
     refusal: errors.InvalidInput | None = None
+    members_refused: Sequence[errors.InvalidInput] = ()
+    """Listed members without whom the item was applied, by their place: they are staff or services."""
 
 
 # --------------------------------------------------------------------------------------------- what is acceptable
@@ -177,11 +180,12 @@ class _DryRun(Exception):
 async def sync(installation: Installation, items: Sequence[AccountItem], *, dry_run: bool = False) -> list[ItemResult]:
     """Create or update the accounts, all in one transaction, and answer for each item, in order.
 
-    Repeating it changes nothing. A refused item (see `check`; also an unknown Customer Success Manager, a member who is
-    staff or a service, an account whose deletion has begun, a reference that stands twice in the batch) leaves the
-    others alone. The accounts' rows are locked, so a member whose permission is taken away here either confirmed before
-    or cannot any more, and a restart brings back those who are named before it or after it, never during.
-    `dry_run` does everything and rolls back. Raises `InvalidInput` for a batch that is too large.
+    Repeating it changes nothing. A refused item (see `check`; also an unknown Customer Success Manager, an account
+    whose deletion has begun, a reference that stands twice in the batch) leaves the others alone. Who is staff or a
+    service is no member, and no reason to keep somebody whom the host removes: the item is applied as if it did not
+    list them, and the answer names them. The accounts' rows are locked, so a member whose permission is taken away here
+    either confirmed before or cannot any more, and a restart brings back those who are named before it or after it,
+    never during. `dry_run` does everything and rolls back. Raises `InvalidInput` for a batch that is too large.
     """
     if len(items) > MAX_ITEMS:
         raise errors.InvalidInput(
@@ -215,7 +219,9 @@ class _Batch:
         self._items = items
         self._refusals: dict[int, errors.InvalidInput] = {}
         self._accepted: dict[str, AccountItem] = {}
-        """By reference."""
+        """By reference; without the members who are refused."""
+        self._members_refused: dict[str, list[errors.InvalidInput]] = {}
+        """By reference, of the accepted."""
         self._ids: dict[str, UUID] = {}
         self._created: set[UUID] = set()
         self._changed: set[UUID] = set()
@@ -242,6 +248,7 @@ class _Batch:
             members_added=self._members_added[id_],
             members_changed=self._members_changed[id_],
             members_removed=self._members_removed[id_],
+            members_refused=self._members_refused[item.reference],
         )
 
     async def run(self) -> None:
@@ -259,16 +266,10 @@ class _Batch:
                     raise errors.InvalidInput(
                         f"No active Customer Success Manager has the address {item.csm_email!r}.", field="csmEmail"
                     )
-                for place, member in enumerate(item.members or ()):
-                    if (kind := insiders.get(self._identity_of(member))) is not None:
-                        raise errors.InvalidInput(
-                            f"The subject belongs to {kind}; staff and services cannot be members of an account.",
-                            field=f"members[{place}].subject",
-                        )
             except errors.InvalidInput as refusal:
                 self._refusals[index] = refusal
             else:
-                self._accepted[item.reference] = item
+                self._accept(item, insiders)
         if not self._accepted:
             return
         wanted = {reference: self._account_row(item, managers) for reference, item in self._accepted.items()}
@@ -281,6 +282,23 @@ class _Batch:
         await self._update([{"id": self._ids[reference], **row} for reference, row in wanted.items()])
         await self._replace_members(now)
         await changes.announce(self._changed - self._created)
+
+    def _accept(self, item: AccountItem, insiders: dict[tuple[str, str], str]) -> None:
+        """Their rows go like those of anybody who is not listed: what they were as members does not wait for them to
+        leave the company, and the host, which is told each time, brings them back by naming them then."""
+        kinds = [insiders.get(self._identity_of(member)) for member in item.members or ()]
+        self._members_refused[item.reference] = [
+            errors.InvalidInput(
+                f"The subject belongs to {kind}, and neither staff nor services can be members: it is left out.",
+                field=f"members[{place}].subject",
+            )
+            for place, kind in enumerate(kinds)
+            if kind is not None
+        ]
+        if item.members is not None:
+            members = [member for member, kind in zip(item.members, kinds, strict=True) if kind is None]
+            item = replace(item, members=members)
+        self._accepted[item.reference] = item
 
     async def _managers(self) -> dict[str, UUID]:
         """The ids of the Customer Success Managers that the items name, by address."""

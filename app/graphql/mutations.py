@@ -460,7 +460,8 @@ class AccountSyncInput:
     members: list[MemberSyncInput] | None = strawberry.field(
         default=None,
         description="All of its members: who is not listed is removed at once, also while the account is canceled. Who "
-        "is staff or a service cannot be one. Left out: they stay as they are.",
+        "is staff or a service is none and taken for not listed; `membersRefused` tells. Left out: they stay as they "
+        "are.",
     )
 
 
@@ -478,6 +479,10 @@ class SyncedAccount:
     members_changed: int = describe("How many of its members are described differently now.")
     members_removed: int = describe("How many members it had and has no more.")
     error: InvalidInputError | None = describe("Why it was refused; null when it was not.")
+    members_refused: list[InvalidInputError] = describe(
+        "Who was listed as a member and left out, being staff or a service: `field` is the place, as "
+        "`members[3].subject`. All else was done."
+    )
 
 
 @strawberry.type(description="Each account was answered by itself.")
@@ -851,6 +856,10 @@ class Mutation:
                     error=None
                     if one.refusal is None
                     else InvalidInputError(message=one.refusal.message, field=one.refusal.field),
+                    members_refused=[
+                        InvalidInputError(message=refused.message, field=refused.field)
+                        for refused in one.members_refused
+                    ],
                 )
                 for one in results
             ]

@@ -10,7 +10,7 @@ from app import db, policy, provisioning
 from app.db import Database
 from app.graphql import nodes
 from app.graphql.nodes import Kind
-from app.lifecycle import CancellationTiming, MemberRole, Permission, StaffRole
+from app.lifecycle import CancellationTiming, MemberRole, Permission, Scope, StaffRole
 from app.models import Account, CancellationRequest, Member
 from app.tokens import DEVELOPMENT_ISSUER
 from tests.api.test_story import links
@@ -44,7 +44,7 @@ async def name_members(house: Stage, *members: str | dict[str, Any], reference: 
         HOST,
         "syncAccounts",
         "... on SyncAccountsSuccess { results { outcome membersAdded membersChanged membersRemoved "
-        "error { field message } } }",
+        "error { field message } membersRefused { field message } } }",
         accounts=[
             {
                 "reference": reference,
@@ -66,7 +66,13 @@ def outcome(kind: str, *, added: int = 0, changed: int = 0, removed: int = 0) ->
         "membersChanged": changed,
         "membersRemoved": removed,
         "error": None,
+        "membersRefused": [],
     }
+
+
+async def listed(reference: str) -> set[str]:
+    """The addresses of the rows, whomever they make a member."""
+    return {member.email for member in await Member.filter(account__reference=reference)}
 
 
 async def restart(house: Stage) -> dict[str, Any]:
@@ -240,12 +246,71 @@ async def test_who_confirmed_and_was_removed_before_it_takes_effect_is_told_noth
 async def test_staff_and_services_cannot_be_named_as_members(house: Stage, who: str) -> None:
     """Else the host's own secret could name itself an admin and cancel, or make a manager confirm."""
     insider = {"subject": subject(who), "email": "insider@vendor.example", "name": "Insider", "role": "ADMIN"}
-    told = await name_members(house, ALICE, insider)
-    assert (told["outcome"], told["error"]["field"]) == ("REFUSED", "members[1].subject")
-    assert ("service" if who in {HOST, GATEKEEPER} else "staff") in told["error"]["message"]
-    assert await Member.filter(account__reference="acme").count() == 3, "a refused item changes nothing"
+    told = await name_members(house, ALICE, insider, BOB)
+    (refused,) = told.pop("membersRefused")
+    assert refused["field"] == "members[1].subject"
+    assert ("belongs to a service" if who in {HOST, GATEKEEPER} else "belongs to staff") in refused["message"]
+    assert told | {"membersRefused": []} == outcome("UPDATED", removed=1)
+    assert await listed("acme") == {ALICE, BOB}
     answer = await house.do(who, "cancelAccount", accountId=await house.account_id("acme"))
     assert answer["__typename"] in {"NotFoundError", "PermissionDeniedError", "InvalidInputError"}
+
+
+@pytest.mark.parametrize("becomes", ["staff", "a service"])
+async def test_the_hosts_word_about_the_others_holds_when_somebody_it_lists_became_one(
+    house: Stage, becomes: str
+) -> None:
+    """Carol was fired. That Bob, who is listed as always, works for the company now must not keep her in."""
+    asked = await house.request_cancellation(CAROL)
+    if becomes == "staff":
+        await hire(BOB, StaffRole.SUPPORT)
+    else:
+        await provisioning.add_service(
+            name="bot", scopes=frozenset({Scope.GATE}), issuer=DEVELOPMENT_ISSUER, subject=subject(BOB)
+        )
+    newcomer = {"subject": "member:nora@acme.example", "email": "nora@acme.example", "name": "Nora", "role": "MEMBER"}
+    given = (BOB, MEMBERS[ALICE] | {"name": "Alice Ames"}, newcomer)
+    told = await name_members(house, *given)
+    (refused,) = told.pop("membersRefused")
+    assert (refused["field"], f"belongs to {becomes}" in refused["message"]) == ("members[0].subject", True)
+    assert told | {"membersRefused": []} == outcome("UPDATED", added=1, changed=1, removed=2)
+    assert await listed("acme") == {ALICE, "nora@acme.example"}
+    assert await code(house, CAROL) == "FORBIDDEN"
+    answer = await house.do_as(
+        house.token(CAROL),
+        "confirmCancellation",
+        requestId=asked["request"]["id"],
+        confirmationToken=asked["confirmationToken"],
+        accountName="Acme",
+    )
+    assert answer["extensions"]["code"] == "FORBIDDEN"
+    assert await name_members(house, *given) == outcome("UNCHANGED") | {"membersRefused": [refused]}
+    told = await name_members(house, BOB, newcomer)
+    assert told == outcome("UPDATED", removed=1) | {"membersRefused": [refused]}, "nothing is frozen"
+
+    if becomes == "staff":
+        await provisioning.deactivate_staff("hired@vendor.example")
+    else:
+        await provisioning.deactivate_service("bot")
+    assert await code(house, BOB) == "FORBIDDEN", "nobody comes back but by the host's word"
+    assert await name_members(house, BOB, newcomer) == outcome("UPDATED", added=1)
+    assert await code(house, BOB) is None
+
+
+async def test_it_holds_in_the_window_too(house: Stage) -> None:
+    await house.cancel()
+    await hire(BOB, StaffRole.SUPPORT)
+    told = await name_members(house, ALICE, BOB)
+    assert (told["outcome"], told["membersRemoved"], len(told["membersRefused"])) == ("UPDATED", 2, 1)
+    assert (await restart(house))["membersRegainingAccess"] == 1
+    assert [await code(house, who) for who in (ALICE, CAROL)] == [None, "FORBIDDEN"]
+
+
+async def test_a_list_of_nobody_else_removes_everybody(house: Stage) -> None:
+    await hire(BOB, StaffRole.SUPPORT)
+    told = await name_members(house, BOB)
+    assert (told["outcome"], told["membersRemoved"], len(told["membersRefused"])) == ("UPDATED", 3, 1)
+    assert await listed("acme") == set()
 
 
 async def test_the_subject_of_staff_at_another_issuer_is_somebody_else(house: Stage) -> None:

@@ -268,12 +268,19 @@ def test_who_is_listed_as_a_member_can_become_staff_and_the_operator_is_told(mig
     assert (added.status, f"1 {told}" in added.out) == (0, True)
     system = migrated("service", "add", "robot", "--scope", "gate", *alice)
     assert f"1 {told}" in system.out
-    refused = migrated("import", str(file))
-    assert refused.status == 1
-    assert "members[0].subject: The subject belongs to" in refused.err
+    for arguments, summary in (
+        (("--dry-run",), "1 would be updated, 0 unchanged; 0 bad lines, 1 member refused. Nothing was changed."),
+        ((), "1 updated, 0 unchanged; 0 bad lines, 1 member refused."),
+        ((), "0 updated, 1 unchanged; 0 bad lines, 1 member refused."),
+    ):
+        imported = migrated("import", str(file), *arguments)
+        assert imported.status == 1
+        assert "line 1: members[0].subject: The subject belongs to" in imported.err
+        assert summary in imported.out
     assert migrated("staff", "deactivate", "alice@vendor.example").status == 0
     assert migrated("service", "deactivate", "robot").status == 0
-    assert "1 unchanged" in migrated("import", str(file)).out
+    back = migrated("import", str(file))
+    assert (back.status, "1 updated, 0 unchanged; 0 bad lines.\n" in back.out) == (0, True)
 
 
 def test_people_of_an_identity_provider_need_its_subject(migrated: Run, monkeypatch: pytest.MonkeyPatch) -> None:

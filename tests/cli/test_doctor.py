@@ -311,9 +311,11 @@ def test_a_deletion_that_is_overdue_is_a_failure(sunset: Run, play: Play) -> Non
 
 
 def test_members_who_are_staff_are_a_warning(sunset: Run, play: Play) -> None:
-    """They are none, and the host does not know why its syncs are refused."""
+    """They are none, and the host does not know yet."""
     play(doing("UPDATE staff SET subject = 'member:alice@acme.example' WHERE email = 'support@vendor.example'"))
-    assert "1 member is staff" in only_trouble(sunset("doctor"), "members", "warn")
+    told = only_trouble(sunset("doctor"), "members", "warn")
+    assert "1 member is staff" in told
+    assert "refused until" not in told, "no sync is refused for it"
 
 
 def test_halted_deletions_are_a_failure(sunset: Run, play: Play) -> None:

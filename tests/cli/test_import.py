@@ -189,6 +189,25 @@ async def test_a_dry_run_finds_what_only_the_database_knows_and_changes_nothing(
     assert [account.name for account in await Account.all()] == ["Acme"]
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+async def test_a_line_is_imported_without_the_members_who_are_staff_and_they_are_told(
+    database: Database, installation: Installation, dry_run: bool
+) -> None:
+    await provisioning.add_staff(
+        email="x@vendor.example", name="X", role=StaffRole.SUPPORT, issuer=DEVELOPMENT_ISSUER, subject="bob"
+    )
+    bob, carol = (ALICE | {"subject": one, "email": f"{one}@acme.example"} for one in ("bob", "carol"))
+    await imported(installation, lines(ACME | {"members": [ALICE, carol]}))
+    content = lines(b"{", ACME | {"name": "New", "members": [ALICE, bob]}, ACME | {"reference": "two"})
+    summary, told = await imported(installation, content, dry_run=dry_run)
+    assert summary == Summary(created=1, updated=1, bad=1, members_refused=1)
+    assert set(told) == {1, 2}
+    assert told[2].startswith("members[1].subject: The subject belongs to staff")
+    account = await Account.get(reference="acme")
+    subjects = {member.subject for member in await Member.filter(account_id=account.id)}
+    assert (account.name, subjects) == (("Acme", {"alice", "carol"}) if dry_run else ("New", {"alice"}))
+
+
 async def test_batches_stay_within_what_a_sync_takes(sqlite_database: Database, installation: Installation) -> None:
     """Accounts with very many members make a batch full before it has 500 accounts."""
     crowd = [ALICE | {"subject": str(number)} for number in range(900)]
