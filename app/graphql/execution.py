@@ -9,7 +9,7 @@ no transport, and not the schema's fields, tokens or rows: who asks is the busin
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from inspect import isawaitable
@@ -168,8 +168,16 @@ class Operations(Generic[Context]):
                 return executor
             return await self._run(executor, prepared.operation, shown)
 
-    async def subscribe(self, prepared: Prepared, context: Context, request_id: str) -> AsyncGenerator[Answer, None]:
-        """Answer a subscription's events, one at a time: the next is looked for when this one was taken.
+    async def subscribe(
+        self,
+        prepared: Prepared,
+        context: Context,
+        request_id: str,
+        *,
+        turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    ) -> AsyncGenerator[Answer, None]:
+        """Answer a subscription's events, one at a time: the next is looked for when this one was taken. `turn` is
+        entered before an event is answered, and left when the answer was taken.
 
         A subscription that is refused, at its beginning or later, ends with an answer that was not executed. Where
         the client had better begin anew, it is raised: `Unauthenticated` when the caller's token does not hold any
@@ -178,7 +186,7 @@ class Operations(Generic[Context]):
         outcome = "left"
         metrics.subscription_begun()
         try:
-            async with aclosing(self._events(prepared, context, _Shown(request_id))) as answers:
+            async with aclosing(self._events(prepared, context, _Shown(request_id), turn)) as answers:
                 async for answer in answers:
                     metrics.subscription_told()
                     outcome = "left" if answer.executed else answer.code
@@ -196,7 +204,13 @@ class Operations(Generic[Context]):
         finally:
             metrics.subscription_ended(outcome)
 
-    async def _events(self, prepared: Prepared, context: Context, shown: "_Shown") -> AsyncGenerator[Answer, None]:
+    async def _events(
+        self,
+        prepared: Prepared,
+        context: Context,
+        shown: "_Shown",
+        turn: Callable[[], AbstractAsyncContextManager[None]],
+    ) -> AsyncGenerator[Answer, None]:
         if prepared.operation.needs_gate:
             async with db.deadline(self.timeout):
                 await self._gate(context)
@@ -212,9 +226,10 @@ class Operations(Generic[Context]):
             return
         async with aclosing(cast("AsyncGenerator[Any, None]", source)) as events:
             async for event in events:
-                async with db.deadline(self.timeout):
-                    answer = await self._run(executor.build_per_event_executor(event), prepared.operation, shown)
-                yield answer
+                async with turn():
+                    async with db.deadline(self.timeout):
+                        answer = await self._run(executor.build_per_event_executor(event), prepared.operation, shown)
+                    yield answer
 
     def _executor(self, prepared: Prepared, context: Context, shown: "_Shown") -> GraphQLExecutor[Any] | Answer:
         executor = self._schema.execution_context_class.build(

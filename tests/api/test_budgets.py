@@ -204,17 +204,32 @@ async def test_a_socket_of_somebody_unknown_is_closed_before_anything_is_asked(
     assert reason.startswith("Forbidden: The token is valid, and nobody here goes by it")
 
 
-async def test_on_an_open_socket_somebody_who_is_forgotten_is_refused_operation_by_operation(
-    one_house: Stage, one_served: Served, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("query", ["{ viewer { __typename } }", "{ nonsense", "subscription { nothing }"])
+async def test_an_open_socket_of_somebody_who_is_forgotten_is_closed_before_anything_is_read(
+    one_house: Stage, one_served: Served, query: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The socket stays: who they are is asked again when they are added again."""
+    """As if they had just come."""
     monkeypatch.setattr(auth.KnownCallers, "SECONDS", 0.0)
+    async with begun(one_served, one_house.token(SUPPORT)) as socket:
+        await provisioning.deactivate_staff(SUPPORT)
+        monkeypatch.setattr(documents, "parse", None)
+        await socket.subscribe("1", query)
+        code, reason = await socket.ended()
+    assert code == 4403
+    assert reason.startswith("Forbidden: The token is valid, and nobody here goes by it")
+
+
+async def test_a_refusal_of_what_is_asked_for_ends_its_operation_alone(one_house: Stage, one_served: Served) -> None:
+    """Also for somebody who was known a moment ago."""
     watch = "subscription($ids: [ID!]!) { accountStatusChanged(accountIds: $ids) { status } }"
     async with begun(one_served, one_house.token(SUPPORT)) as socket:
         await provisioning.deactivate_staff(SUPPORT)
-        for query, variables in ((ME, {}), (watch, {"ids": [await one_house.account_id("acme")]})):
-            await socket.subscribe("1", query, **variables)
-            assert (await socket.error())["extensions"] == {"code": "FORBIDDEN"}
+        await socket.subscribe("1", watch, ids=[await one_house.account_id("acme")])
+        assert (await socket.error())["extensions"] == {"code": "FORBIDDEN"}
+        await socket.subscribe("1", "{ __schema { queryType { name } } }")
+        assert (await socket.error())["extensions"] == {"code": "FORBIDDEN"}
+        await socket.say("ping")
+        assert (await socket.hear())["type"] == "pong"
 
 
 @pytest.fixture
