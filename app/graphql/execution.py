@@ -110,8 +110,8 @@ class Operations(Generic[Context]):
 
     `refusals` are the names of the types that stand for an expected refusal; answers of one are counted as such.
 
-    `new_documents` is how many documents that are not remembered one caller may send in a minute, each counted once for
-    every 1,000 characters that it begins; 0: no limit.
+    `new_documents` is how many documents that are not remembered, or ask for the schema itself, one caller may send in
+    a minute, each counted once for every 1,000 characters that it begins; 0: no limit.
 
     `timeout` bounds `gate` and the execution together, and that of each event of a subscription: what takes longer is
     canceled and raises `Unavailable`, like a database that is away.
@@ -138,11 +138,13 @@ class Operations(Generic[Context]):
         self._allowance = Allowance(new_documents)
 
     def prepare(self, parameters: Parameters, caller: Hashable) -> Prepared | Answer:
-        """The operation to execute, or the answer that refuses it. Raises `RateLimited` when the document is new, and
-        the caller has sent too many of those."""
+        """The operation to execute, or the answer that refuses it. Raises `RateLimited` when the document is new, or
+        asks for the schema itself, and the caller has sent too many of those."""
+        units = 1 + len(parameters.query) // 1_000
         document = self.documents.remembered(parameters.query)
+        is_new = document is None
         if document is None:
-            self._allowance.spend(caller, 1 + len(parameters.query) // 1_000)
+            self._allowance.spend(caller, units)
             document = self.documents.prepare(parameters.query)
         if isinstance(document, Rejection):
             return _refusing(document.errors)
@@ -151,6 +153,8 @@ class Operations(Generic[Context]):
             _refuse_long_lists(parameters.variables or {}, self.limits.list_items)
         except errors.BadUserInput as refusal:
             return refused(refusal)
+        if operation.introspects and not is_new:
+            self._allowance.spend(caller, units)
         return Prepared(document, operation, parameters)
 
     async def execute(self, prepared: Prepared, context: Context, request_id: str) -> Answer:
