@@ -1,7 +1,8 @@
 """How many new documents one caller may send to this process in a minute.
 
 A document that the process has not read yet, or has forgotten, is parsed and validated: milliseconds of its one loop,
-in which nobody else is served. One that it remembers costs nothing of this, and is not counted.
+in which nobody else is served. One that it remembers costs nothing of this, and is not counted, unless it asks for the
+schema itself: then executing it is what takes long.
 
 A rate limit by GCRA, like that of mutations, with a burst of a whole minute. It is kept in memory, because it protects
 this process alone, and asking a database would cost more than most documents. Knows no transport and no documents: a
@@ -42,8 +43,9 @@ class Allowance:
         if wait > 0:
             seconds = ceil(wait)
             raise errors.RateLimited(
-                "Too many new documents in a short time. Send values as variables: a document that was sent before "
-                f"is not counted. Try again in {seconds} second{'' if seconds == 1 else 's'}.",
+                "Too many new documents, or questions about the schema, in a short time. Send values as variables: a "
+                "document that was sent before, and does not introspect, is not counted. "
+                f"Try again in {seconds} second{'' if seconds == 1 else 's'}.",
                 retry_after=seconds,
             )
         self._whole_at[caller] = whole_at

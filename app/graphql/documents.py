@@ -44,6 +44,8 @@ _RULES: Final = (*specified_rules, OneOfInputValidationRule)
 UNREADABLE: Final = "A value cannot be read as its type."
 
 _MAX_NAME_CHARACTERS: Final = 100
+_MAX_MESSAGE_CHARACTERS: Final = 500
+"""Of one error. graphql-core repeats in it what the client has sent, names and values, however long."""
 
 _Value = TypeVar("_Value")
 
@@ -55,6 +57,8 @@ class Operation:
     name: str | None
     """As the client wrote it, cut to 100 characters."""
     kind: Literal["query", "mutation", "subscription"]
+    introspects: bool
+    """Whether it answers of the schema itself: that takes the process longer than most documents do to read."""
     needs_gate: bool
     """Whether it may answer something without any resolver having checked the caller: introspection, `__typename`."""
     roots: Mapping[str, str]
@@ -217,6 +221,7 @@ def _operation(
     return name, Operation(
         name=name and name[:_MAX_NAME_CHARACTERS],
         kind=node.operation.value,
+        introspects=measure.introspects,
         needs_gate=measure.introspects or not measure.resolves,
         roots=_roots(node, fragments),
     )
@@ -246,9 +251,13 @@ def innermost(error: GraphQLError) -> Exception:
     return cause
 
 
+def _cut(message: str) -> str:
+    return message if len(message) <= _MAX_MESSAGE_CHARACTERS else message[: _MAX_MESSAGE_CHARACTERS - 1] + "…"
+
+
 def formatted(error: GraphQLError, extensions: Mapping[str, Any], message: str | None = None) -> dict[str, Any]:
     """`error` in the form of GraphQL's specification: its message and its place, and nothing else that it carries."""
-    shown: dict[str, Any] = {"message": error.message if message is None else message}
+    shown: dict[str, Any] = {"message": _cut(error.message if message is None else message)}
     if error.locations:
         shown["locations"] = [{"line": place.line, "column": place.column} for place in error.locations]
     if error.path is not None:

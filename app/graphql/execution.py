@@ -9,7 +9,7 @@ no transport, and not the schema's fields, tokens or rows: who asks is the busin
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from inspect import isawaitable
@@ -110,8 +110,8 @@ class Operations(Generic[Context]):
 
     `refusals` are the names of the types that stand for an expected refusal; answers of one are counted as such.
 
-    `new_documents` is how many documents that are not remembered one caller may send in a minute, each counted once for
-    every 1,000 characters that it begins; 0: no limit.
+    `new_documents` is how many documents that are not remembered, or ask for the schema itself, one caller may send in
+    a minute, each counted once for every 1,000 characters that it begins; 0: no limit.
 
     `timeout` bounds `gate` and the execution together, and that of each event of a subscription: what takes longer is
     canceled and raises `Unavailable`, like a database that is away.
@@ -138,11 +138,13 @@ class Operations(Generic[Context]):
         self._allowance = Allowance(new_documents)
 
     def prepare(self, parameters: Parameters, caller: Hashable) -> Prepared | Answer:
-        """The operation to execute, or the answer that refuses it. Raises `RateLimited` when the document is new, and
-        the caller has sent too many of those."""
+        """The operation to execute, or the answer that refuses it. Raises `RateLimited` when the document is new, or
+        asks for the schema itself, and the caller has sent too many of those."""
+        units = 1 + len(parameters.query) // 1_000
         document = self.documents.remembered(parameters.query)
+        is_new = document is None
         if document is None:
-            self._allowance.spend(caller, 1 + len(parameters.query) // 1_000)
+            self._allowance.spend(caller, units)
             document = self.documents.prepare(parameters.query)
         if isinstance(document, Rejection):
             return _refusing(document.errors)
@@ -151,6 +153,8 @@ class Operations(Generic[Context]):
             _refuse_long_lists(parameters.variables or {}, self.limits.list_items)
         except errors.BadUserInput as refusal:
             return refused(refusal)
+        if operation.introspects and not is_new:
+            self._allowance.spend(caller, units)
         return Prepared(document, operation, parameters)
 
     async def execute(self, prepared: Prepared, context: Context, request_id: str) -> Answer:
@@ -168,8 +172,16 @@ class Operations(Generic[Context]):
                 return executor
             return await self._run(executor, prepared.operation, shown)
 
-    async def subscribe(self, prepared: Prepared, context: Context, request_id: str) -> AsyncGenerator[Answer, None]:
-        """Answer a subscription's events, one at a time: the next is looked for when this one was taken.
+    async def subscribe(
+        self,
+        prepared: Prepared,
+        context: Context,
+        request_id: str,
+        *,
+        turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    ) -> AsyncGenerator[Answer, None]:
+        """Answer a subscription's events, one at a time: the next is looked for when this one was taken. `turn` is
+        entered before an event is answered, and left when the answer was taken.
 
         A subscription that is refused, at its beginning or later, ends with an answer that was not executed. Where
         the client had better begin anew, it is raised: `Unauthenticated` when the caller's token does not hold any
@@ -178,7 +190,7 @@ class Operations(Generic[Context]):
         outcome = "left"
         metrics.subscription_begun()
         try:
-            async with aclosing(self._events(prepared, context, _Shown(request_id))) as answers:
+            async with aclosing(self._events(prepared, context, _Shown(request_id), turn)) as answers:
                 async for answer in answers:
                     metrics.subscription_told()
                     outcome = "left" if answer.executed else answer.code
@@ -196,7 +208,13 @@ class Operations(Generic[Context]):
         finally:
             metrics.subscription_ended(outcome)
 
-    async def _events(self, prepared: Prepared, context: Context, shown: "_Shown") -> AsyncGenerator[Answer, None]:
+    async def _events(
+        self,
+        prepared: Prepared,
+        context: Context,
+        shown: "_Shown",
+        turn: Callable[[], AbstractAsyncContextManager[None]],
+    ) -> AsyncGenerator[Answer, None]:
         if prepared.operation.needs_gate:
             async with db.deadline(self.timeout):
                 await self._gate(context)
@@ -212,9 +230,10 @@ class Operations(Generic[Context]):
             return
         async with aclosing(cast("AsyncGenerator[Any, None]", source)) as events:
             async for event in events:
-                async with db.deadline(self.timeout):
-                    answer = await self._run(executor.build_per_event_executor(event), prepared.operation, shown)
-                yield answer
+                async with turn():
+                    async with db.deadline(self.timeout):
+                        answer = await self._run(executor.build_per_event_executor(event), prepared.operation, shown)
+                    yield answer
 
     def _executor(self, prepared: Prepared, context: Context, shown: "_Shown") -> GraphQLExecutor[Any] | Answer:
         executor = self._schema.execution_context_class.build(

@@ -30,6 +30,7 @@ from graphql import (
     OperationType,
     SchemaMetaFieldDef,
     SelectionNode,
+    TokenKind,
     TypeMetaFieldDef,
     get_named_type,
     is_abstract_type,
@@ -74,6 +75,9 @@ class Limits:
     """Of which one is executed, and all are validated."""
     depth: int = 20
     """Of fields inside each other."""
+    literal_depth: int = 10
+    """Of lists and objects inside each other in the document's own values. What tells an error in one prints it whole,
+    each line indented as deep as it is."""
     fields: int = 500
     """Of all fields of an operation, with fragments expanded."""
     aliases: int = 50
@@ -116,6 +120,7 @@ def check(document: DocumentNode, schema: GraphQLSchema, limits: Limits) -> list
     """
     if sum(isinstance(definition, OperationDefinitionNode) for definition in document.definitions) > limits.operations:
         raise _too_complex("has more operations", "operations", limits.operations)
+    _check_literals(document, limits.literal_depth)
     ruler = _Ruler(document, schema)
     measured = []
     for definition in document.definitions:
@@ -146,6 +151,27 @@ def check(document: DocumentNode, schema: GraphQLSchema, limits: Limits) -> list
 
 def _too_complex(what: str, limit: str, maximum: int) -> errors.OperationTooComplex:
     return errors.OperationTooComplex(f"The document {what} than the {maximum} allowed.", limit=limit, maximum=maximum)
+
+
+def _check_literals(document: DocumentNode, deepest: int) -> None:
+    """By the document's tokens: between parentheses, every bracket that opens begins a value, or a type of lists. This
+    sees definitions that others hide by having their name, and costs a tenth of visiting the nodes."""
+    assert document.loc is not None
+    parentheses = depth = 0
+    token = document.loc.start_token
+    while token.next is not None:
+        token = token.next
+        kind = token.kind
+        if kind is TokenKind.PAREN_L:
+            parentheses += 1
+        elif kind is TokenKind.PAREN_R:
+            parentheses -= 1
+        elif parentheses and (kind is TokenKind.BRACKET_L or kind is TokenKind.BRACE_L):
+            depth += 1
+            if depth > deepest:
+                raise _too_complex("nests values deeper", "literal_depth", deepest)
+        elif parentheses and (kind is TokenKind.BRACKET_R or kind is TokenKind.BRACE_R):
+            depth -= 1
 
 
 class _Ruler:

@@ -7,7 +7,7 @@ is somewhere else. What only the billing permission shows refuses others with FO
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from functools import wraps
+from functools import cache, wraps
 from inspect import iscoroutinefunction
 from typing import Annotated, Any, Final, Generic, TypeVar
 from uuid import UUID
@@ -812,6 +812,7 @@ class WebhookEvent:
     json_schema: str = describe("What every such body meets: a JSON Schema, as JSON.")
 
     @staticmethod
+    @cache  # what is told of a type is the same for as long as the process runs, and takes a while to make
     def of(kind: TransitionType) -> "WebhookEvent":
         return WebhookEvent(
             type=kind.value,

@@ -2,8 +2,8 @@
 
 One socket carries many operations, each under an id of the client's. The caller is known by the token that they send
 when the connection begins, in `connection_init`'s payload or in the header of the request, and is verified again for
-every operation and every event. A client that breaks the protocol, or asks for too much at once, loses this socket and
-nothing else is disturbed.
+every operation, before its document is read, and for every event. A client that breaks the protocol, or asks for too
+much at once, loses this socket and nothing else is disturbed.
 
 A token in a payload, unlike a cookie, is not sent by browsers on their own: where a page comes from does not matter.
 
@@ -14,7 +14,7 @@ The codes that sockets are closed with are the protocol's own where it has one. 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Any, Final, Generic, TypeVar
 from uuid import uuid4
@@ -24,11 +24,13 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from app import db, errors
+from app.graphql.documents import Operation
 from app.graphql.execution import (
     SLOWEST_SECONDS,
     Answer,
     Malformed,
     Operations,
+    Parameters,
     Prepared,
     checked,
     dumps,
@@ -120,9 +122,8 @@ class WebSocketEndpoint(Generic[Context]):
     async def _serve(self, socket: "_Socket[Context]") -> None:
         with self._beginners.taken(None):
             context = await socket.begin()
-        caller = self.who(context)
-        with self._sockets.taken(caller):
-            await socket.serve(caller, self.lifetime(context))
+        with self._sockets.taken(self.who(context)):
+            await socket.serve(self.lifetime(context))
 
 
 class _Socket(Generic[Context]):
@@ -133,13 +134,13 @@ class _Socket(Generic[Context]):
         self._authorization = Headers(scope=scope).get("authorization", "")
         self._receive = receive
         self._send = send
-        self._caller: Hashable = None
         self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._turn = asyncio.Lock()
+        self._events_turn = asyncio.Lock()
 
-    async def serve(self, caller: Hashable, lifetime: timedelta) -> None:
-        """Until somebody closes, for so long at most. Raises `_Left` and `_Close`, and `Unauthenticated` and
-        `Unavailable` for who had better come again."""
-        self._caller = caller
+    async def serve(self, lifetime: timedelta) -> None:
+        """Until somebody closes, for so long at most. Raises `_Left` and `_Close`, and `Unauthenticated`,
+        `Forbidden` and `Unavailable` for who had better come again."""
         await self._say({"type": "connection_ack"})
         try:
             async with asyncio.timeout(lifetime.total_seconds()), asyncio.TaskGroup() as tasks:
@@ -217,39 +218,47 @@ class _Socket(Generic[Context]):
             parameters = checked(payload)
         except Malformed as refusal:
             raise _Close(4400, refusal.message) from None
-        try:
-            prepared = self._endpoint.operations.prepare(parameters, self._caller)
-        except errors.RateLimited as refusal:
-            prepared = refused(refusal)
-        self._under_way[id_] = tasks.create_task(self._operate(id_, prepared))
+        self._under_way[id_] = tasks.create_task(self._operate(id_, parameters))
 
-    async def _operate(self, id_: str, prepared: Prepared | Answer) -> None:
-        """Execute one operation and tell what becomes of it."""
+    async def _operate(self, id_: str, parameters: Parameters) -> None:
+        """Execute one operation and tell what becomes of it.
+
+        Whatever is not a subscription is prepared, executed and told in its turn, one at a time: who does not read
+        makes the server hold one answer, however many they ask for. Raises `Unauthenticated` and `Forbidden` when
+        nobody acceptable asks by now, and `Unavailable` when that cannot be said or a subscription had better be begun
+        anew."""
         began = time.perf_counter()
         request_id = uuid4().hex
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        operation = None if isinstance(prepared, Answer) else prepared.operation
-        is_single = operation is None or operation.kind != "subscription"
+        operation: Operation | None = None
         results: Sequence[tuple[str, str]] = ()
         ended = "left"
         try:
-            async with aclosing(self._answers(prepared, request_id)) as answers:
-                async for answer in answers:
+            async with self._turn:
+                began = time.perf_counter()
+                context = await self._context()
+                prepared = self._prepared(parameters, context)
+                if isinstance(prepared, Prepared):
+                    operation = prepared.operation
+                if not isinstance(prepared, Prepared) or prepared.operation.kind != "subscription":
+                    answer = await self._answer(prepared, context, request_id)
                     results = answer.results
+                    ended = await self._tell(id_, answer)
+                    if answer.executed:
+                        ended = await self._complete(id_)
+                    return
+            async with aclosing(self._events(prepared, context, request_id)) as answers:
+                async for answer in answers:
+                    ended = await self._tell(id_, answer)
                     if not answer.executed:
-                        ended = answer.code
-                        await self._end(id_, {"type": "error", "payload": answer.errors})
                         return
-                    await self._say({"id": id_, "type": "next", "payload": answer.body()})
-            ended = "complete"
-            await self._end(id_, {"type": "complete"})
-        except (errors.Unauthenticated, errors.Unavailable) as refusal:
+            ended = await self._complete(id_)
+        except (errors.Unauthenticated, errors.Forbidden, errors.Unavailable) as refusal:
             ended = refusal.code
             raise
         finally:
             seconds = time.perf_counter() - began
-            if is_single:
-                self._endpoint.operations.count(results, seconds)
+            self._endpoint.operations.count(results, seconds)
             _log.info(
                 "websocket.operation",
                 operation=operation and operation.name,
@@ -258,32 +267,64 @@ class _Socket(Generic[Context]):
                 milliseconds=round(seconds * 1000, 1),
             )
 
-    async def _answers(self, prepared: Prepared | Answer, request_id: str) -> AsyncGenerator[Answer, None]:
-        """What the operation is answered. Raises `Unauthenticated` and, for subscriptions, `Unavailable`."""
-        if isinstance(prepared, Answer):
-            yield prepared
-            return
-        operations = self._endpoint.operations
-        if prepared.operation.kind == "subscription":
-            try:
-                context = await self._context()
-                with self._endpoint.streams.taken(self._endpoint.who(context)):
-                    async with aclosing(operations.subscribe(prepared, context, request_id)) as answers:
-                        async for answer in answers:
-                            yield answer
-            except (errors.RateLimited, errors.Forbidden) as refusal:
-                yield refused(refusal)
-            return
+    def _prepared(self, parameters: Parameters, context: Context) -> Prepared | Answer:
+        """Only of who is known by now: reading a document costs the others' time."""
         try:
-            answer = await operations.execute(prepared, await self._context(), request_id)
+            return self._endpoint.operations.prepare(parameters, self._endpoint.who(context))
+        except errors.RateLimited as refusal:
+            return refused(refusal)
+
+    async def _answer(self, prepared: Prepared | Answer, context: Context, request_id: str) -> Answer:
+        """What a query or a mutation is answered. Raises `Unauthenticated`."""
+        if isinstance(prepared, Answer):
+            return prepared
+        try:
+            return await self._endpoint.operations.execute(prepared, context, request_id)
         except errors.Unauthenticated:
             raise
         except errors.RequestError as refusal:
-            answer = refused(refusal)
+            return refused(refusal)
         except Exception as failure:
             _log.error("graphql.request_failed", exc_info=failure)
-            answer = failed(request_id)
-        yield answer
+            return failed(request_id)
+
+    async def _events(self, prepared: Prepared, context: Context, request_id: str) -> AsyncGenerator[Answer, None]:
+        """What a subscription is answered. Raises `Unauthenticated` and `Unavailable`."""
+        try:
+            with self._endpoint.streams.taken(self._endpoint.who(context)):
+                events = self._endpoint.operations.subscribe(prepared, context, request_id, turn=self._turn_of_event)
+                async with aclosing(events) as answers:
+                    async for answer in answers:
+                        yield answer
+        except errors.RateLimited as refusal:
+            yield refused(refusal)
+
+    @asynccontextmanager
+    async def _turn_of_event(self) -> AsyncGenerator[None, None]:
+        """One event of all the socket's subscriptions at a time, in turns of their own: what changes is not told later
+        because a query takes long. Who may be told was asked before, and does not hold for ever: it raises
+        `Unavailable` when the others take too long."""
+        try:
+            async with asyncio.timeout(SLOWEST_SECONDS):
+                await self._events_turn.acquire()
+        except TimeoutError:
+            raise errors.Unavailable("What is told on this socket is not read in time.") from None
+        try:
+            yield
+        finally:
+            self._events_turn.release()
+
+    async def _tell(self, id_: str, answer: Answer) -> str:
+        """Say it, and answer how the operation has ended if it was the last that there was to say."""
+        if not answer.executed:
+            await self._end(id_, {"type": "error", "payload": answer.errors})
+            return answer.code
+        await self._say({"id": id_, "type": "next", "payload": answer.body()})
+        return "left"
+
+    async def _complete(self, id_: str) -> str:
+        await self._end(id_, {"type": "complete"})
+        return "complete"
 
     async def _end(self, id_: str, message: dict[str, Any]) -> None:
         """The last word on an operation. Until it is said the operation is under way, and counts; then its id may be

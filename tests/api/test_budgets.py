@@ -12,7 +12,7 @@ import httpx2
 import orjson
 import pytest
 
-from app import auth, db, errors, main, provisioning
+from app import auth, db, errors, events, main, provisioning
 from app.db import Database
 from app.graphql import documents, nodes
 from app.graphql.allowance import Allowance
@@ -204,17 +204,32 @@ async def test_a_socket_of_somebody_unknown_is_closed_before_anything_is_asked(
     assert reason.startswith("Forbidden: The token is valid, and nobody here goes by it")
 
 
-async def test_on_an_open_socket_somebody_who_is_forgotten_is_refused_operation_by_operation(
-    one_house: Stage, one_served: Served, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("query", ["{ viewer { __typename } }", "{ nonsense", "subscription { nothing }"])
+async def test_an_open_socket_of_somebody_who_is_forgotten_is_closed_before_anything_is_read(
+    one_house: Stage, one_served: Served, query: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The socket stays: who they are is asked again when they are added again."""
+    """As if they had just come."""
     monkeypatch.setattr(auth.KnownCallers, "SECONDS", 0.0)
+    async with begun(one_served, one_house.token(SUPPORT)) as socket:
+        await provisioning.deactivate_staff(SUPPORT)
+        monkeypatch.setattr(documents, "parse", None)
+        await socket.subscribe("1", query)
+        code, reason = await socket.ended()
+    assert code == 4403
+    assert reason.startswith("Forbidden: The token is valid, and nobody here goes by it")
+
+
+async def test_a_refusal_of_what_is_asked_for_ends_its_operation_alone(one_house: Stage, one_served: Served) -> None:
+    """Also for somebody who was known a moment ago."""
     watch = "subscription($ids: [ID!]!) { accountStatusChanged(accountIds: $ids) { status } }"
     async with begun(one_served, one_house.token(SUPPORT)) as socket:
         await provisioning.deactivate_staff(SUPPORT)
-        for query, variables in ((ME, {}), (watch, {"ids": [await one_house.account_id("acme")]})):
-            await socket.subscribe("1", query, **variables)
-            assert (await socket.error())["extensions"] == {"code": "FORBIDDEN"}
+        await socket.subscribe("1", watch, ids=[await one_house.account_id("acme")])
+        assert (await socket.error())["extensions"] == {"code": "FORBIDDEN"}
+        await socket.subscribe("1", "{ __schema { queryType { name } } }")
+        assert (await socket.error())["extensions"] == {"code": "FORBIDDEN"}
+        await socket.say("ping")
+        assert (await socket.hear())["type"] == "pong"
 
 
 @pytest.fixture
@@ -378,6 +393,73 @@ async def test_a_document_that_is_refused_is_not_prepared(one_house: Stage, monk
         monkeypatch.setattr(documents, "parse", None)
         refused = await house.post(numbered(1), token=house.token(ALICE))
     assert refused.status_code == 429
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "{ __schema { queryType { name } } }",
+        '{ plans { code } ...F } fragment F on Query { ... { x: __type(name: "A") { name } } }',
+    ],
+)
+async def test_what_asks_for_the_schema_counts_each_time(one_house: Stage, query: str) -> None:
+    """It takes long to execute, and not to read."""
+    async with limited(one_house, 3) as house:
+        token = house.token(ALICE)
+        answers = [await house.post(query, token=token) for _ in range(4)]
+        await house.post(numbered(0), token=house.token(CAROL))
+        other = await house.post(numbered(0), token=token)
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert refusal(answers[-1])["code"] == "RATE_LIMITED"
+    assert (other.status_code, "errors" in other.json()) == (200, False), "what does not ask for it is served"
+
+
+async def test_what_is_told_of_the_types_of_events_is_made_once(
+    one_house: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = "{" + " ".join(f"a{n}: eventTypes {{ type description example jsonSchema }}" for n in range(50)) + "}"
+    first = await one_house.ask(ALICE, query)
+    for name in ("example", "schema"):
+        monkeypatch.setattr(events, name, None)
+    assert await one_house.ask(ALICE, query) == first
+    told = list(first["data"].values())
+    assert "errors" not in first
+    assert all(one == told[0] for one in told)
+
+
+# ------------------------------------------------------------------------------------------------- what errors repeat
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "{ " + "x" * 40_000 + " }",
+        "{ accounts(filter: {planCodes: " + "x" * 40_000 + "}) { edges { cursor } } }",
+        "{ accounts(filter: {a: 1 b: 1 c: 1 d: 1 e: 1 f: "
+        + "[" * 8
+        + "1 " * 1_800
+        + "]" * 8
+        + "}) { edges { cursor } } }",
+        '{ accounts(filter: {a: 1 b: 1 c: "' + "x" * 40_000 + '"}) { edges { cursor } } }',
+        "{ plans { code @skip(if: [" + "1 " * 1_900 + "]) } }",
+        "{ " + "x" * 20_000 + ": plans { code } " + "x" * 20_000 + ": viewer { __typename } }",
+    ],
+)
+async def test_errors_repeat_little_of_a_document(one_house: Stage, query: str) -> None:
+    answer = await one_house.post(query, token=one_house.token(ALICE))
+    told = answer.json()["errors"]
+    assert {error["extensions"]["code"] for error in told} == {"GRAPHQL_VALIDATION_FAILED"}
+    assert all(len(error["message"]) <= 500 for error in told)
+    assert len(answer.content) < 5_000
+
+
+async def test_errors_repeat_little_of_variables(one_house: Stage) -> None:
+    long = "x" * 100_000
+    given: list[Any] = [long, {"statuses": [long]}, {long: 1}, {"statuses": {long: []}}]
+    for value in given:
+        answer = await one_house.post(SEARCH, {"filter": value}, token=one_house.token(BILLING))
+        assert answer.json()["errors"][0]["extensions"]["code"] == "BAD_USER_INPUT"
+        assert len(answer.content) < 5_000
 
 
 async def test_long_documents_count_for_several(one_house: Stage) -> None:

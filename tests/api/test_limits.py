@@ -124,6 +124,13 @@ SCHEMA_TYPES = "__schema { types { name fields { name args { name } type { name 
     [
         ("{ item " + "{ parent " * 6 + "{ name }" + " }" * 6 + " }", "depth"),
         ("{ item { " + "name " * 60 + "} }", "fields"),
+        ("{ item(a: " + "[" * 11 + "1" + "]" * 11 + ") { name } }", "literal_depth"),
+        ("{ item(a: " + "{a:[" * 6 + "1" + "]}" * 6 + ") { name } }", "literal_depth"),
+        ("query ($a: Int = " + "[" * 11 + "1" + "]" * 11 + ") { item { name } }", "literal_depth"),
+        ("query ($a: Int @skip(if: " + "[" * 11 + "]" * 11 + ")) { item { name } }", "literal_depth"),
+        ("{ item { ... @skip(if: " + "{a:" * 11 + "1" + "}" * 11 + ") { name } } }", "literal_depth"),
+        ("{ item { name } } fragment F on Item { name(a: " + "[" * 11 + "]" * 11 + ") } fragment F on Item { name }",
+         "literal_depth"),
         ("{ item { ...F ...F ...F ...F } } fragment F on Item { " + "name " * 16 + "}", "fields"),
         ("{" + " ".join(f"a{i}: item {{ name }}" for i in range(11)) + "}", "aliases"),
         ("{ item { ...F ...F } } fragment F on Item {" + " ".join(f"a{i}: name" for i in range(6)) + "}", "aliases"),
@@ -173,6 +180,7 @@ def test_each_limit_refuses_what_exceeds_it(client: TestClient, query: str, limi
         "{" + " ".join(f"a{i}: item {{ name }}" for i in range(10)) + "}",
         "{ items(first: 100) { items(first: 40) { name } } }",
         "{ items(first: null) { items { name } } }",
+        "query ($a: Boolean = true) { item { name @skip(if: $a) } }",
         'mutation { a: confirm(token: "") b: confirm(token: "") c: confirm(token: "") }',
         "{ item { name } }" + "\n" * 11_999,
         "{ item {" + "...F " * 30 + "} } fragment F on Item { name }",
@@ -267,6 +275,7 @@ def test_a_document_has_ten_operations_and_runs_one(client: TestClient) -> None:
         spread_side_by_side(200),
         "{item{" + "...F " * 900 + "}}fragment F on Item{name}",
         "\n" * 45_000 + "{a b c d e f}",
+        "{accounts(filter:{a:1 b:1 c:1 d:1 e:1 f:" + "[" * 60 + "1 " * 1_500 + "]" * 60 + "}){edges{cursor}}}",
     ],
 )
 def test_what_the_standard_rules_would_be_slow_at_does_not_reach_them(

@@ -25,6 +25,7 @@ from websockets.typing import Subprotocol
 from app import main, provisioning
 from app.db import Database
 from app.graphql import nodes, types, websocket
+from app.graphql.execution import Operations, dumps
 from app.graphql.websocket import MAX_MESSAGE_BYTES, MAX_OPERATIONS, PROTOCOL
 from app.lifecycle import AccountStatus
 from tests import cast
@@ -760,6 +761,112 @@ async def test_who_does_not_read_has_no_more_operations_under_way_than_others(on
                 heard = (await client.hear())["type"]
         assert heard != "pong"
         assert (await client.ended())[0] == 1008
+
+
+@pytest.mark.parametrize("query", ["{ me: viewer { __typename } }", "{ nothing }", "mutation { nothing }"])
+async def test_for_who_does_not_read_one_answer_is_made_however_many_they_ask_for(
+    one_house: Stage, query: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither executed nor written, so that they do not fill the server; once they read, all are answered. Beside it
+    there is one event."""
+    made = said = most = executed = 0
+    say, execute = websocket._Socket._say, Operations.execute
+
+    async def counted_say(*args: Any) -> None:
+        nonlocal said
+        await say(*args)
+        said += 1
+
+    def counted_dumps(body: Any) -> bytes:
+        nonlocal made, most
+        made += 1
+        most = max(most, made - said)
+        return dumps(body)
+
+    async def counted_execute(*args: Any) -> Any:
+        nonlocal executed
+        executed += 1
+        return await execute(*args)
+
+    async with deaf(one_house) as (client, connection, _):
+        await until(lambda: len(connection.tasks) >= 1)
+        monkeypatch.setattr(websocket._Socket, "_say", counted_say)
+        monkeypatch.setattr("app.graphql.websocket.dumps", counted_dumps)
+        monkeypatch.setattr(Operations, "execute", counted_execute)
+        before = len(asyncio.all_tasks())
+        asked = {str(number) for number in range(10, 40)}
+        for id_ in asked:
+            await client.subscribe(id_, query)
+        await until(lambda: made > 0 and len(asyncio.all_tasks()) >= before + len(asked))
+        assert executed <= 1
+        await client.say("complete", id="10")
+        asked.remove("10")
+        while asked:
+            heard = await client.hear()
+            if heard["type"] in {"complete", "error"}:
+                asked.discard(heard["id"])
+    assert most <= 2
+
+
+async def test_an_event_is_answered_when_it_can_be_told(one_house: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subscriptions of one socket, too, hold one answer of a client that does not read."""
+    answered = said = most = 0
+    say, of = websocket._Socket._say, Operations._run
+
+    async def counted_say(self: Any, message: dict[str, Any]) -> None:
+        nonlocal said
+        await say(self, message)
+        said += message["type"] == "next"
+
+    async def counted_run(*args: Any) -> Any:
+        nonlocal answered, most
+        answer = await of(*args)
+        if args[2].kind == "subscription":
+            answered += 1
+            most = max(most, answered - said)
+        return answer
+
+    monkeypatch.setattr(websocket._Socket, "_say", counted_say)
+    monkeypatch.setattr(Operations, "_run", counted_run)
+    acme = await one_house.account_id("acme")
+    async with deaf(one_house) as (client, _, changes):
+        for number in range(5):
+            await client.subscribe(f"another {number}", WATCH, ids=[acme])
+        await _round(one_house)
+        told: set[str] = set()
+        missed = changes
+        while len(told) < 5 or missed > 0:
+            heard = await client.hear()
+            told |= {heard["id"]} - {"1"}
+            missed -= heard["id"] == "1"
+    assert most == 1
+
+
+async def test_while_an_operation_waits_for_its_turn_others_are_stopped_and_pings_answered(
+    one_house: Stage, one_served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute, held, going = Operations.execute, asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any) -> Any:
+        held.set()
+        await going.wait()
+        return await execute(*args)
+
+    monkeypatch.setattr(Operations, "execute", slow)
+    acme = await one_house.account_id("acme")
+    async with begun(one_served, one_house.token(BILLING)) as socket_:
+        await socket_.watch(acme, id_="watch")
+        for id_ in ("first", "second", "third"):
+            await socket_.subscribe(id_, ME)
+        await held.wait()
+        await socket_.say("complete", id="second")
+        await socket_.say("ping")
+        assert await socket_.hear() == {"type": "pong"}
+        going.set()
+        heard = [await socket_.hear() for _ in range(4)]
+    assert [(one["id"], one["type"]) for one in heard] == [
+        (id_, type_) for id_ in ("first", "third") for type_ in ("next", "complete")
+    ]
 
 
 async def test_a_stop_ends_sockets_with_the_code_that_clients_come_again_after(house: Stage, served: Served) -> None:
