@@ -463,7 +463,13 @@ async def test_the_bearer_of_a_link_reads_nothing_but_what_it_does(
         )
         assert done["__typename"] == "ConfirmCancellationSuccess"
     if life == "closed again":
-        await db.execute("UPDATE account SET restartable_until = canceled_at WHERE reference = 'acme'")
+        now = await db.database_now()
+        await db.execute(
+            "UPDATE account SET canceled_at = $1, restartable_until = $2, deletion_scheduled_for = $2, "
+            "reminder_due_at = NULL WHERE reference = 'acme'",
+            now - timedelta(days=60),
+            now - timedelta(days=1),
+        )
     mutation, own = {
         LinkPurpose.CONFIRM: ("confirmCancellation", given),
         LinkPurpose.FEEDBACK: ("submitFeedback", {"requestId": request_id, "reason": "OTHER", "comment": "By link"}),
@@ -491,7 +497,11 @@ async def test_the_bearer_of_a_link_reads_nothing_but_what_it_does(
 
     # The later life, in whatever a client picks of the answer, and in the errors beside it.
     [row] = await db.fetch("SELECT * FROM account WHERE reference = 'acme'")
-    dates = [str(row[name])[:10] for name in ("canceled_at", "restartable_until", "deletion_due_at") if name in row]
+    dates = [
+        db.as_datetime(row[name]).isoformat()[:16]
+        for name in ("canceled_at", "restartable_until", "deletion_scheduled_for")
+        if row[name] is not None and (name != "canceled_at" or life == "closed again")  # else it is just now, as all
+    ]
     plan = house.installation.policy.plans[NEW_PLAN].name
     selections = [everything(kind, depth), everything(kind, 0)]
     selections += [
@@ -512,7 +522,15 @@ async def test_the_bearer_of_a_link_reads_nothing_but_what_it_does(
         answer = (await house.post(document, {"input": own}, token=tokens[purpose.value])).json()
         assert "data" in answer, answer
         found = json.dumps(answer)
-        for canary in (NEW_NAME, str(NEW_EPOCH)[:6], f'"{plan}"', f'"{NEW_PLAN}"', '"epoch"', 'allowedActions": [', *dates):
+        for canary in (
+            NEW_NAME,
+            str(NEW_EPOCH)[:6],
+            f'"{plan}"',
+            f'"{NEW_PLAN}"',
+            '"epoch"',
+            'allowedActions": [',
+            *dates,
+        ):
             assert canary not in found.replace('"path": ["done"', ""), (selection, canary)
         assert not re.search(r'"status": "(ACTIVE|CANCELED|PENDING_CONFIRMATION|HELD)"', found)
 
