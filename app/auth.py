@@ -26,6 +26,7 @@ from app.lifecycle import (
     ActorKind,
     LinkPurpose,
     Relation,
+    RequestStatus,
     Scope,
     StaffRole,
 )
@@ -225,11 +226,21 @@ async def identify(call: Call, account_id: UUID | None = None) -> Caller:
     their link is for.
     """
     caller = await _read(call, account_id)
-    if caller.identity.grant is not None and caller.identity.expires_at <= caller.now:
-        raise errors.Unauthenticated("The link has expired.")
+    _refuse_expired(caller.identity, caller.now)
     _refuse_unknown(caller)
     await _refuse_removed(call, caller)
     return caller
+
+
+async def refuse_expired(identity: Identity) -> None:
+    """Raises `Unauthenticated` for a link whose time is over by the database's clock, as `identify` does, and asks the
+    database for nothing but the time."""
+    _refuse_expired(identity, await db.database_now())
+
+
+def _refuse_expired(identity: Identity, now: datetime) -> None:
+    if identity.grant is not None and identity.expires_at <= now:
+        raise errors.Unauthenticated("The link has expired.")
 
 
 def _refuse_unknown(caller: Caller) -> None:
@@ -313,7 +324,7 @@ async def _refuse_removed(call: Call, caller: Caller) -> None:
         return
     removed = caller.account if caller.member is not None else None
     if removed is not None and not removed.has_access(caller.now):
-        raise _access_removed(removed, call.policy)
+        raise await _access_removed(removed, call)
     if not caller.has_live_account:
         row = await db.fetch_one(
             f"SELECT {accounts.COLUMNS} FROM member m JOIN account a ON a.id = m.account_id {accounts.JOINS} "
@@ -322,14 +333,20 @@ async def _refuse_removed(call: Call, caller: Caller) -> None:
             caller.identity.subject,
         )
         if row is not None and not (last := accounts.view(row)).has_access(caller.now):
-            raise _access_removed(last, call.policy)
+            raise await _access_removed(last, call)
 
 
-def _access_removed(account: AccountView, policy: Policy) -> errors.AccessRemoved:
-    contact = policy.billing_team
-    return errors.AccessRemoved(
+async def _access_removed(account: AccountView, call: Call) -> errors.AccessRemoved:
+    contact, grant = call.policy.billing_team, call.identity.grant
+    message = (
         "The account is canceled and its members' access has been removed. "
-        f"Contact {contact.name} ({contact.email}) to restart it in time.",
+        f"Contact {contact.name} ({contact.email}) to restart it in time."
+    )
+    if grant is not None and (grant.account_id != account.id or not await _has_confirmed(grant)):
+        # The dates are of another cancellation than the link's, and not for its bearer to read.
+        return errors.AccessRemoved(message, contact={"name": contact.name, "email": contact.email})
+    return errors.AccessRemoved(
+        message,
         canceledAt=_text(account.canceled_at or account.cancellation_effective_at),
         restartableUntil=_text(account.restartable_until),
         deletionScheduledFor=_text(account.deletion_scheduled_for),
@@ -399,13 +416,38 @@ async def require_webhook_manager(call: Call) -> Caller:
     return caller
 
 
-async def check_link(action: Action, grant: LinkGrant) -> None:
-    """Refuse what an emailed link is for where its request does not stand any more, as `lifecycle.check_link` does. It
-    holds until the commit where the account's row is locked."""
+async def check(action: Action, caller: Caller, account: AccountFacts) -> None:
+    """Refuse `action` as `lifecycle.check` does, and to a link's bearer, where the request that it is about does not
+    stand any more, as `lifecycle.check_link` does. It holds until the commit where the account's row is locked.
+
+    What a refusal tells of a cancellation, a date or whom to contact, is told of the link's own alone.
+    """
+    grant = caller.identity.grant
+    try:
+        lifecycle.check(action, caller.actor(), account, caller.now)
+    except (errors.RestartWindowClosed, errors.ConfirmationExpired, errors.AssistedPlan):
+        if grant is not None:
+            lifecycle.check_link(action, grant.request_id, await _linked(grant))
+        raise
+    if grant is not None:
+        lifecycle.check_link(action, grant.request_id, await _linked(grant))
+
+
+async def check_confirmed(grant: LinkGrant) -> None:
+    """Refuse the answer to a confirmation, given again, to the bearer of a link whose cancellation is over: it would
+    show what the account is now."""
+    if not await _has_confirmed(grant):
+        lifecycle.check_link(Action.CONFIRM_CANCELLATION, grant.request_id, None)
+
+
+async def _has_confirmed(grant: LinkGrant) -> bool:
+    """Whether the request that a link is about was confirmed, and neither withdrawn nor restarted since."""
+    return await _linked(grant) in {RequestStatus.CONFIRMED, RequestStatus.EFFECTIVE}
+
+
+async def _linked(grant: LinkGrant) -> RequestStatus | None:
     request = await accounts.load_request(grant.request_id)
-    if request is not None and request.account_id != grant.account_id:
-        request = None
-    lifecycle.check_link(action, grant.request_id, None if request is None else request.status)
+    return request.status if request is not None and request.account_id == grant.account_id else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from app import (
     people,
 )
 from app.accounts import AccountView, RequestView
-from app.auth import Acting, Call, Installation, act_on
+from app.auth import Acting, Call, Installation, act_on, check, check_confirmed
 from app.errors import Contact
 from app.lifecycle import (
     MAX_WRONG_TRIES,
@@ -360,6 +360,9 @@ async def confirm(
             )
         except errors.ConfirmationTokenInvalid as refusal:
             wrong_try = refusal  # Raised after the commit, which keeps the count.
+        else:
+            if grant is not None:
+                await check_confirmed(grant)  # an idempotency key gives its answer again, whatever came after
         account = await accounts.load(acting.account.id)
     if wrong_try is not None:
         raise wrong_try
@@ -371,7 +374,7 @@ async def _confirm(
     installation: Installation, acting: Acting, request_id: UUID, token: str, account_name: str, *, counted: bool
 ) -> dict[str, Any]:
     account = acting.account
-    lifecycle.check(Action.CONFIRM_CANCELLATION, acting.actor, acting.facts, acting.now)
+    await check(Action.CONFIRM_CANCELLATION, acting.caller, acting.facts)
     if account.request is None or account.request.id != request_id:
         raise errors.RequestStateRefused(
             "This cancellation request is closed, and the account has a newer one.", request_id=request_id

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from app import accounts, db, errors, history, idempotency, lifecycle, limiting, offers
 from app.accounts import FeedbackView, RequestView
-from app.auth import Acting, Call, act_on, check_link
+from app.auth import Acting, Call, act_on, check
 from app.lifecycle import (
     MAX_COMMENT_LENGTH,
     MAX_FEEDBACK_PER_REQUEST,
@@ -53,9 +53,7 @@ async def submit(
 async def _submit(
     call: Call, acting: Acting, request: RequestView, reason: FeedbackReason, comment: str | None
 ) -> dict[str, Any]:
-    lifecycle.check(Action.SUBMIT_FEEDBACK, acting.actor, acting.facts, acting.now)
-    if call.identity.grant is not None:
-        await check_link(Action.SUBMIT_FEEDBACK, call.identity.grant)
+    await check(Action.SUBMIT_FEEDBACK, acting.caller, acting.facts)
     comment = (comment or "").strip() or None
     if comment is not None and len(comment) > MAX_COMMENT_LENGTH:
         raise errors.InvalidInput(

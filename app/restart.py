@@ -6,7 +6,7 @@ from uuid import UUID
 
 from app import accounts, db, enforcement, errors, history, idempotency, lifecycle, limiting, outbox, people
 from app.accounts import AccountView
-from app.auth import Acting, Call, Installation, act_on, check_link
+from app.auth import Acting, Call, Installation, act_on, check
 from app.errors import Contact
 from app.lifecycle import MAX_NOTE_LENGTH, AccountStatus, Action, RequestStatus, TransitionType
 from app.messages import AccountRestarted, RestartRequested
@@ -96,12 +96,11 @@ async def request_restart(call: Call, *, note: str | None = None) -> AccountView
     await limiting.admit(call, Action.REQUEST_RESTART, account_id)
     async with db.transaction():
         acting = await act_on(call, Action.REQUEST_RESTART, account_id)
-        lifecycle.check(Action.REQUEST_RESTART, acting.actor, acting.facts, acting.now)
+        await check(Action.REQUEST_RESTART, acting.caller, acting.facts)
         assert grant is not None
         note = (note or "").strip() or None
         if note is not None and len(note) > MAX_NOTE_LENGTH:
             raise errors.InvalidInput(f"A note has at most {MAX_NOTE_LENGTH:,} characters.", field="note")
-        await check_link(Action.REQUEST_RESTART, grant)
         if not await RestartRequest.filter(request_id=grant.request_id).exists():
             await _record_request(call.installation, acting, grant.request_id, note)
         account = await accounts.load(acting.account.id)

@@ -1,6 +1,7 @@
 """How refusals look to clients: each `errors.Refusal` is a type in result unions, mapped here once for all fields."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ import strawberry
 from strawberry.types.field import StrawberryField
 
 from app import accounts, auth, errors
+from app.auth import Caller
 from app.graphql.context import Info
 from app.graphql.types import Account, CancellationRequest, Contact, Perspective, describe, refusal_name
 from app.lifecycle import AccountStatus
@@ -32,7 +34,14 @@ class PermissionDeniedError(UserError):
 
 @strawberry.type(description="The account's state does not allow it.")
 class AccountStateError(UserError):
-    account: Account = describe("The account, with its status and `allowedActions`.")
+    _account: strawberry.Private[Account]
+
+    @strawberry.field(
+        description="The account, with its status and `allowedActions`. Forbidden to bearers of emailed links."
+    )
+    def account(self) -> Account:
+        self._account._eye.require_account()
+        return self._account
 
 
 @strawberry.type(description="The cancellation request has moved on.")
@@ -117,7 +126,7 @@ def _handler(refusal: type[R], error: type, more: Callable[[R, Info], Awaitable[
 async def _account(refusal: errors.AccountStateRefused, info: Info) -> dict[str, Any]:
     caller = await auth.identify(info.context.call, refusal.account_id)
     assert caller.account is not None
-    return {"account": Account.of(caller.account, Perspective.of(caller, info.context.policy))}
+    return {"_account": Account.of(caller.account, _refused(caller, info))}
 
 
 async def _request(
@@ -126,7 +135,13 @@ async def _request(
     view = await accounts.load_request(refusal.request_id)
     assert view is not None
     caller = await auth.identify(info.context.call, view.account_id)
-    return {"request": CancellationRequest.of(view, Perspective.of(caller, info.context.policy))}
+    return {"request": CancellationRequest.of(view, _refused(caller, info))}
+
+
+def _refused(caller: Caller, info: Info) -> Perspective:
+    """Through whose eyes a refusal shows an account. A link's bearer reads nothing of it, since it may have come to a
+    life that the link has no part in: only what they did is shown to them, and here they did nothing."""
+    return replace(Perspective.of(caller, info.context.policy), sees_account=caller.identity.grant is None)
 
 
 def _plain(*names: str) -> Callable[[Any, Info], Awaitable[dict[str, Any]]]:

@@ -278,6 +278,8 @@ class Perspective:
     sees_billing: bool
     now: datetime
     policy: Policy
+    sees_account: bool = True
+    """Not the bearer of a link that is refused what it is for."""
 
     @staticmethod
     def of(caller: Caller, policy: Policy) -> "Perspective":
@@ -302,6 +304,10 @@ class Perspective:
     @property
     def is_staff(self) -> bool:
         return self.caller.is_staff
+
+    def require_account(self) -> None:
+        if not self.sees_account:
+            raise errors.Forbidden("The bearer of an emailed link that is refused reads nothing of the account.")
 
     def require_staff(self) -> None:
         if not self.is_staff:
@@ -376,8 +382,9 @@ class CancellationRequest(Node):
         person = await info.context.people.load(self._view.requested_by_id)
         return ActorRef.of(self._view.requested_by_kind, person)
 
-    @strawberry.field(description="The account it is about.")
+    @strawberry.field(description="The account it is about. Forbidden to bearers of emailed links in refusals.")
     async def account(self, info: Info) -> "Account":
+        self._eye.require_account()
         view = await info.context.accounts.load(self._view.account_id)
         assert view is not None, "an account outlives its requests"
         return Account.of(view, self._eye.toward(view))

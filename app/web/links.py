@@ -5,14 +5,15 @@ the link's token as the bearer. A link that is of no use now shows why, and no f
 or leak their address to others.
 
 The token does not stay in the address, which is kept in histories, shown on screens and written to logs: whoever opens
-a link is sent on to the same page without it, and a cookie for that page carries it there. The cookie only shows the
-form, which has the token in it; nothing is done on the strength of a cookie. Where there is none any more, or the
-browser keeps none, the page asks for the link.
+a link is sent on to a page under the token's hash, and a cookie for that page alone carries it there. The cookie only
+shows the form, which has the token in it; nothing is done on the strength of a cookie. Where there is none any more,
+or the browser keeps none, the page asks for the link.
 """
 
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,23 +46,28 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Robots-Tag": "noindex",
 }
-_MAX_FORM_BYTES = 64 * 1024
-
+_MAX_FORM_BYTES: Final = 64 * 1024
+"""Room for a comment of 5,000 characters, of which each is four bytes that a form writes with three characters."""
+_MAX_PASTED: Final = 16 * 1024
+"""Characters of a link as somebody pastes it: a token, and what a mail program has wrapped around it."""
 
 _COOKIE_LIFETIME: Final = timedelta(minutes=10)
 """For the way from the link to the form, and for coming back to it."""
-_TOKEN: Final = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)
+_RUN: Final = re.compile(r"[\w.-]+", re.ASCII)
+"""A run of the characters that tokens are made of."""
 
 
 def routes(installation: Installation, public_url: str) -> list[Route]:
-    """`/links/confirm`, `/links/feedback` and `/links/restart`, which people reach under `public_url`."""
+    """`/links/confirm`, `/links/feedback` and `/links/restart`, and below each its links under their tokens' hashes.
+    People reach them under `public_url`."""
     return [
         Route(
-            f"/links/{purpose.value}",
+            path,
             _page(installation, purpose, _Cookies(public_url, purpose)),
             methods=["GET", "POST"],
         )
         for purpose in LinkPurpose
+        for path in (f"/links/{purpose.value}", f"/links/{purpose.value}/{{link}}")
     ]
 
 
@@ -69,36 +75,53 @@ def _page(
     installation: Installation, purpose: LinkPurpose, cookies: "_Cookies"
 ) -> Callable[[Request], Awaitable[Response]]:
     async def page(request: Request) -> Response:
+        up = "../../" if "link" in request.path_params else "../"
+
+        def show(template: str, values: dict[str, Any], *, status: int = 200) -> HTMLResponse:
+            text = _TEMPLATES.get_template(template).render(values, up=up)
+            return HTMLResponse(text, status_code=status, headers=_HEADERS)
+
+        def refuse(message: str, *, status: int, contact: errors.Contact | None = None) -> HTMLResponse:
+            return show("links/refused.html", {"message": message, "contact": contact}, status=status)
+
         try:
             form = await _form(request) if request.method == "POST" else None
             async with db.deadline(installation.request_timeout):
                 token = _token(request, form, cookies)
                 if token is None:
-                    return _show("links/open.html", {}, status=401)
+                    return show("links/open.html", {}, status=401)
                 identity = await installation.tokens.verify(token)
                 grant = identity.grant
                 if grant is None or grant.purpose != purpose:
                     raise errors.Unauthenticated("The link is not meant for this page.")
-                if form is None and "token" in request.query_params:
+                if form is None and "link" not in request.path_params:
+                    with suppress(errors.Unavailable):  # the token leaves the address all the same
+                        await auth.refuse_expired(identity)
                     return cookies.send_on(token)
                 call = Call(identity=identity, installation=installation)
                 error = None
                 if form is not None and "token" in form:
                     try:
-                        done = _show(f"links/{purpose.value}_done.html", await _ACT[purpose](call, grant, form))
+                        done = show(f"links/{purpose.value}_done.html", await _ACT[purpose](call, grant, form))
                         cookies.drop(done, token)
                         return done
                     except (errors.AccountNameMismatch, errors.InvalidInput) as refusal:
                         error = refusal.message
                 facts = {"token": token, "error": error, "given": form or {}, **await _facts(call, grant)}
-                return _show(f"links/{purpose.value}.html", facts, status=422 if error else 200)
+                return show(f"links/{purpose.value}.html", facts, status=422 if error else 200)
+        except (errors.Forbidden, errors.PermissionDenied, errors.NotFound) as refusal:
+            # Whoever it was sent to has left, lost the permission or become staff. What clients are told is not for
+            # people, and a page has no ids that could be wrong.
+            status = refusal.http_status if isinstance(refusal, errors.Forbidden) else 409
+            billing = installation.policy.billing_team
+            return refuse("This link is no longer yours to use.", status=status, contact=billing)
         except errors.Refusal as refusal:
-            return _show("links/refused.html", {"message": refusal.message}, status=409)
+            return refuse(refusal.message, status=409)
         except errors.Unauthenticated:
             message = "This link is not valid, or not any more. Use the newest email, or contact the billing team."
-            return _show("links/refused.html", {"message": message}, status=401)
+            return refuse(message, status=401)
         except errors.RequestError as refusal:
-            refused = _show("links/refused.html", {"message": refusal.message}, status=refusal.http_status)
+            refused = refuse(refusal.message, status=refusal.http_status)
             if refusal.retry_after is not None:
                 refused.headers["Retry-After"] = str(refusal.retry_after)
             return refused
@@ -110,42 +133,55 @@ def _token(request: Request, form: Mapping[str, str] | None, cookies: "_Cookies"
     """The link's token: of the address or, after that, of the cookie; of a form that was sent or, where the link was
     pasted, out of whatever somebody's mail program has made of it. None where there is none."""
     if form is None:
-        return request.query_params.get("token") or cookies.read(request)
+        link = request.path_params.get("link")
+        return request.query_params.get("token") or None if link is None else cookies.read(request, link)
     if "token" in form:
         return form["token"]
-    pasted = _TOKEN.search("".join(form.get("link", "").split()))
-    return pasted[0] if pasted else None
+    pasted = form.get("link", "")
+    return find_token(pasted) if len(pasted) <= _MAX_PASTED else None
+
+
+def find_token(pasted: str) -> str | None:
+    """The first thing in a text that has a token's form, broken lines or not. None where there is none. Anybody may
+    have it read any text: it looks at no character more often than a few times."""
+    for run in _RUN.finditer("".join(pasted.split())):
+        _, found, rest = run[0].partition("eyJ")
+        parts = (found + rest).split(".", 3)[:3]
+        if len(parts) == 3 and all(parts):
+            return ".".join(parts)
+    return None
 
 
 @dataclass(frozen=True)
 class _Cookies:
-    """Carries a link's token from its address to the page without it. Each link has its own, named after the token's
-    hash, which the address keeps: so two links that are open at once never show each other's page, and a cookie that
-    somebody else has put there shows none."""
+    """Carries a link's token from its address to the page without it. Each link has a page of its own, under the
+    token's hash, and a cookie for that page alone: so two links that are open at once never show each other's page, a
+    cookie that somebody else has put there shows none, and a request carries one of them, however many there are."""
 
     public_url: str
     purpose: LinkPurpose
 
     def send_on(self, token: str) -> Response:
-        """To the same page without the token, wherever proxies have put it: the way there is relative."""
+        """To the link's page without the token, wherever proxies have put it: the way there is relative."""
         link = _hash(token)
-        answer = Response(status_code=303, headers={**_HEADERS, "Location": f"{self.purpose.value}?link={link}"})
+        answer = Response(status_code=303, headers={**_HEADERS, "Location": f"{self.purpose.value}/{link}"})
         lifetime = _COOKIE_LIFETIME // timedelta(seconds=1)
         # Lax: Strict ones do not come back when the way began at a webmail's page.
-        answer.set_cookie(_name(link), token, lifetime, **self._where(), httponly=True, samesite="lax")
+        answer.set_cookie(_name(link), token, lifetime, **self._where(link), httponly=True, samesite="lax")
         return answer
 
-    def read(self, request: Request) -> str | None:
-        link = request.query_params.get("link", "")
+    def read(self, request: Request, link: str) -> str | None:
         token = request.cookies.get(_name(link))
         return token if token is not None and _hash(token) == link else None
 
     def drop(self, answer: Response, token: str) -> None:
-        answer.delete_cookie(_name(_hash(token)), **self._where(), httponly=True, samesite="lax")
+        link = _hash(token)
+        answer.delete_cookie(_name(link), **self._where(link), httponly=True, samesite="lax")
 
-    def _where(self) -> dict[str, Any]:
+    def _where(self, link: str) -> dict[str, Any]:
         parts = urlsplit(self.public_url)
-        return {"path": f"{parts.path}/links/{self.purpose.value}", "secure": parts.scheme == "https"}
+        path = f"{parts.path.rstrip('/')}/links/{self.purpose.value}/{link}"
+        return {"path": path, "secure": parts.scheme == "https"}
 
 
 def _hash(token: str) -> str:
@@ -169,10 +205,6 @@ async def _form(request: Request) -> Mapping[str, str]:
     return {name: value.replace("\0", "") for name, value in pairs}
 
 
-def _show(template: str, values: dict[str, Any], *, status: int = 200) -> HTMLResponse:
-    return HTMLResponse(_TEMPLATES.get_template(template).render(values), status_code=status, headers=_HEADERS)
-
-
 async def _facts(call: Call, grant: LinkGrant) -> dict[str, Any]:
     """What the form shows. Refuses what the form would be refused now, except for what is typed into it."""
     caller = await auth.identify(call, grant.account_id)
@@ -180,8 +212,7 @@ async def _facts(call: Call, grant: LinkGrant) -> dict[str, Any]:
     if account is None:
         raise errors.NotFound("account")
     facts = account.facts(call.policy)
-    lifecycle.check(_ACTION[grant.purpose], caller.actor(), facts, caller.now)
-    await auth.check_link(_ACTION[grant.purpose], grant)
+    await auth.check(_ACTION[grant.purpose], caller, facts)
     return {
         "account": account,
         "confirmed": lifecycle.confirm(facts, caller.now),

@@ -1,13 +1,16 @@
 """The pages behind emailed links: what they show, when they show no form, and that opening them does nothing."""
 
 import asyncio
+import html
 import json
 import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +24,7 @@ from app.errors import Unavailable
 from app.graphql.schema import SCHEMA
 from app.lifecycle import LinkPurpose
 from tests import cast
+from tests.actions.test_limiting import link
 from tests.api.test_story import links
 from tests.cast import ALICE, BILLING, CAROL, CSM, GINA, Stage
 from tests.serving import serving
@@ -88,6 +92,11 @@ def cookie(page: httpx2.Response) -> tuple[str, str, dict[str, str]]:
     return name, value, dict(one.lower().partition("=")[::2] for one in attributes)
 
 
+def loaded(page: httpx2.Response) -> list[httpx2.URL]:
+    """What a browser loads with a page: its style sheets, by their addresses as seen from the page's."""
+    return [page.url.join(found) for found in re.findall(r'<link rel="stylesheet" href="([^"]+)">', page.text)]
+
+
 @asynccontextmanager
 async def behind(house: Stage, public_url: str) -> AsyncIterator[httpx2.AsyncClient]:
     """The service as people reach it under that address: a proxy takes the address's path away."""
@@ -121,20 +130,21 @@ async def test_the_token_leaves_the_address_at_once(house: Stage, public_url: st
     async with behind(house, public_url) as client:
         opened = await client.get(url, params={"token": token})
         assert opened.status_code == 303
-        assert re.fullmatch(r"confirm\?link=[0-9a-f]{32}", opened.headers["location"])
+        assert re.fullmatch(r"confirm/[0-9a-f]{32}", opened.headers["location"])
         assert token not in opened.headers["location"] + opened.text
         assert opened.headers["referrer-policy"] == "no-referrer"
         assert opened.headers["cache-control"] == "no-store"
         name, value, attributes = cookie(opened)
         assert value == token
-        assert name.endswith(opened.headers["location"].partition("=")[2])
+        assert name.endswith(opened.headers["location"].partition("/")[2])
         secure = {"secure": ""} if public_url.startswith("https") else {}
-        path = f"{httpx2.URL(public_url).path.rstrip('/')}/links/confirm"
+        path = f"{httpx2.URL(public_url).path.rstrip('/')}/links/{opened.headers['location']}"
         assert attributes == {"httponly": "", "samesite": "lax", "max-age": "600", "path": path, **secure}
         assert opened.next_request is not None
         shown = await client.send(opened.next_request)
-        assert (str(shown.url).partition("?")[0], shown.status_code) == (url, 200)
+        assert (str(shown.url), shown.status_code) == (f"{public_url}/links/{opened.headers['location']}", 200)
         assert FORM in shown.text
+        assert httpx2.URL(public_url + "/static/sunset.css") in loaded(shown), "its style, from where it stands"
         assert token not in str(shown.url)
         assert "set-cookie" not in shown.headers
         again = await client.get(shown.url)
@@ -167,6 +177,103 @@ async def test_without_the_cookie_the_page_asks_for_the_link_and_takes_it_as_it_
     assert (nothing.status_code, 'name="link"' in nothing.text) == (401, True)
     forged = await house.client.post("/links/confirm", data={"link": link[:-3]})
     assert (forged.status_code, FORM in forged.text) == (401, False)
+
+
+@pytest.mark.parametrize("piece", ["eyJ", "eyJa.", "eyJa.b", "eyJ-.", ".", "eyJa.b.", "%", "eyJ "])
+def test_looking_for_a_token_takes_no_longer_than_reading(piece: str) -> None:
+    """Anybody may send a form. By what looks at each character again for each that may begin a token, this takes
+    hours; in a process of its own, since nothing else could stop it."""
+    program = (
+        f"from app.web.links import find_token; text = {piece!r} * (6_000_000 // {len(piece)}); "
+        "found = find_token(text); assert found is None or found.startswith('eyJ'), 'no token'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+async def test_what_is_too_long_for_a_link_is_not_searched(house: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = await confirm_link(house)
+    near = await house.client.post("/links/confirm", data={"link": f"{'x' * 12_000} {token}"})
+    assert (near.status_code, FORM in near.text, token in near.text) == (200, True, True)
+    monkeypatch.setattr("app.web.links.find_token", lambda _: pytest.fail("it was searched"))
+    far = await house.client.post("/links/confirm", data={"link": f"{'x' * 60_000} {token}"})
+    assert (far.status_code, 'name="link"' in far.text) == (401, True)
+
+
+async def test_the_longest_comment_fits_into_a_form(house: Stage) -> None:
+    await house.cancel()
+    comment = "\N{GRINNING FACE}" * 5_000
+    form = {"token": (await granted(house))["feedback"], "reason": "OTHER", "comment": comment}
+    done = await house.client.post("/links/feedback", data=form)
+    assert done.status_code == 200
+    assert [row["comment"] for row in await db.fetch("SELECT comment FROM feedback")] == [comment]
+
+
+async def test_however_many_links_were_opened_a_request_carries_the_cookie_of_one(house: Stage) -> None:
+    """Admins have many: all cookies together would be more than the server takes, and lock each page."""
+    await house.cancel()
+    granted = [await link(house, ALICE, purpose=LinkPurpose.RESTART, generation=number) for number in range(60)]
+    opened = [await house.client.get("/links/restart", params={"token": token}) for token in granted]
+    assert len(house.client.cookies) == 60
+    pages = [await house.client.get(f"/links/{one.headers['location']}") for one in opened]
+    assert {page.status_code for page in pages} == {200}
+    for page, token in zip(pages, granted, strict=True):
+        assert page.request.headers["cookie"].count(";") == 0
+        assert page.request.headers["cookie"].endswith(f"={token}")
+        assert f'name="token" value="{token}"' in page.text
+    asking = await house.client.get("/links/restart")
+    assert (asking.status_code, "cookie" in asking.request.headers) == (401, False)
+
+
+@pytest.mark.parametrize("purpose", LinkPurpose)
+async def test_an_expired_link_is_told_so_at_once_and_leaves_no_cookie(house: Stage, purpose: LinkPurpose) -> None:
+    await house.request_cancellation()
+    expired = await link(house, ALICE, purpose=purpose, expires_in=-timedelta(seconds=1))
+    page = await house.client.get(f"/links/{purpose.value}", params={"token": expired})
+    assert (page.status_code, "not valid" in page.text) == (401, True)
+    assert "set-cookie" not in page.headers
+
+
+async def test_a_form_under_a_links_own_address_is_sent_there_and_shown_again_with_its_style(house: Stage) -> None:
+    token = await confirm_link(house)
+    page = await house.client.get("/links/confirm", params={"token": token}, follow_redirects=True)
+    assert re.findall(r"<form[^>]*>", page.text) == ['<form method="post">'], "to its own address"
+    for where, status in ((str(page.url), 422), ("/links/confirm", 422), ("/links/confirm/" + "0" * 32, 422)):
+        wrong = await house.client.post(where, data={"token": token, "accountName": "Acme"})
+        assert wrong.status_code == status
+        [style] = loaded(wrong)
+        assert (await house.client.get(style)).headers["content-type"].startswith("text/css")
+    smuggled = await house.client.get("/links/confirm/" + "0" * 32, params={"token": token})
+    assert (smuggled.status_code, FORM in smuggled.text, token in smuggled.text) == (401, True, False)
+
+
+@pytest.mark.parametrize("gone", ["removed", "staff", "ungranted"])
+async def test_who_may_not_use_a_link_any_more_is_told_in_plain_words(house: Stage, gone: str) -> None:
+    token = await confirm_link(house)
+    opened = await house.client.get("/links/confirm", params={"token": token})
+    if gone == "removed":
+        await db.execute("DELETE FROM member WHERE email = $1", GINA)
+    elif gone == "staff":
+        await db.execute(
+            "INSERT INTO staff (id, name, email, role, issuer, subject, created_at) "
+            "SELECT id, name, email, 'SUPPORT', issuer, subject, created_at FROM member WHERE email = $1",
+            GINA,
+        )
+    else:
+        await db.execute("UPDATE member SET role = 'MEMBER' WHERE email = $1", GINA)
+    form = {"token": token, "accountName": "Globex"}
+    for page in (
+        await house.client.get(f"/links/{opened.headers['location']}"),
+        await house.client.post(f"/links/{opened.headers['location']}", data=form),
+        await house.client.post("/links/confirm", data={"link": token}),
+    ):
+        assert page.status_code == (403 if gone == "removed" else 409)
+        words = html.unescape(re.sub(r"<[^>]+>", " ", page.text.partition("<main>")[2]))
+        billing = house.installation.policy.billing_team
+        assert "This link is no longer yours to use." in words
+        assert f"write to {billing.name}" in words
+        assert f'href="mailto:{billing.email}"' in page.text
+        told = re.findall(r"token|permission|admin|service|\bid\b|Globex|Action", words)
+        assert told == [], words
 
 
 async def test_a_pasted_link_is_shown_and_not_acted_upon(house: Stage) -> None:
@@ -238,7 +345,7 @@ async def test_the_cookie_goes_when_the_form_was_sent(house: Stage) -> None:
     done = await house.client.post(str(page.url), data={"token": token, "accountName": "Globex"})
     assert (done.status_code, len(house.client.cookies)) == (200, 0)
     _, _, attributes = cookie(done)
-    assert attributes["path"] == "/links/confirm"
+    assert attributes["path"] == page.url.path
 
 
 @pytest.mark.parametrize("purpose", LinkPurpose)
@@ -311,7 +418,20 @@ def everything(kind: graphql.GraphQLNamedType, depth: int) -> str:
     return " ".join(selected)
 
 
-@pytest.mark.parametrize("life", ["canceled", "restarted", "canceled again"])
+NEW_NAME, NEW_PLAN, NEW_EPOCH = "Canary of the second life", "startup", 7_654_321
+
+
+async def second_life(house: Stage) -> None:
+    """Whatever an account has after the cancellation that a link is about, it has in other values than before."""
+    await db.execute(
+        "UPDATE account SET name = $1, plan_code = $2, epoch = $3 WHERE reference = 'acme'",
+        NEW_NAME,
+        NEW_PLAN,
+        NEW_EPOCH,
+    )
+
+
+@pytest.mark.parametrize("life", ["canceled", "restarted", "asked again", "canceled again", "closed again"])
 @pytest.mark.parametrize("purpose", LinkPurpose)
 async def test_the_bearer_of_a_link_reads_nothing_but_what_it_does(
     house: Stage, purpose: LinkPurpose, life: str
@@ -329,8 +449,27 @@ async def test_the_bearer_of_a_link_reads_nothing_but_what_it_does(
         if purpose is LinkPurpose.CONFIRM:
             await house.do_as(tokens["confirm"], "confirmCancellation", **given)
         await restart(house)
-    if life == "canceled again":
-        await house.cancel(CAROL)
+        await second_life(house)
+    if life == "asked again":
+        await house.request_cancellation(CAROL)
+    if life in {"canceled again", "closed again"}:
+        asked_again = await house.request_cancellation(CAROL)
+        done = await house.do(
+            CAROL,
+            "confirmCancellation",
+            requestId=asked_again["request"]["id"],
+            confirmationToken=asked_again["confirmationToken"],
+            accountName=NEW_NAME,
+        )
+        assert done["__typename"] == "ConfirmCancellationSuccess"
+    if life == "closed again":
+        now = await db.database_now()
+        await db.execute(
+            "UPDATE account SET canceled_at = $1, restartable_until = $2, deletion_scheduled_for = $2, "
+            "reminder_due_at = NULL WHERE reference = 'acme'",
+            now - timedelta(days=60),
+            now - timedelta(days=1),
+        )
     mutation, own = {
         LinkPurpose.CONFIRM: ("confirmCancellation", given),
         LinkPurpose.FEEDBACK: ("submitFeedback", {"requestId": request_id, "reason": "OTHER", "comment": "By link"}),
@@ -353,6 +492,64 @@ async def test_the_bearer_of_a_link_reads_nothing_but_what_it_does(
     assert offers
     others = [CAROL, "Carol", "bob@", CSM, "Canary", *offers]
     assert [one for one in others if one in shown] == []
+    if life == "canceled":
+        return
+
+    # The later life, in whatever a client picks of the answer, and in the errors beside it.
+    [row] = await db.fetch("SELECT * FROM account WHERE reference = 'acme'")
+    dates = [
+        db.as_datetime(row[name]).isoformat()[:16]
+        for name in ("canceled_at", "restartable_until", "deletion_scheduled_for")
+        if row[name] is not None and (name != "canceled_at" or life == "closed again")  # else it is just now, as all
+    ]
+    plan = house.installation.policy.plans[NEW_PLAN].name
+    selections = [everything(kind, depth), everything(kind, 0)]
+    selections += [
+        f"... on {error} {{ message {field} {{ {selected} }} }}"
+        for error, field in (("AccountStateError", "account"), ("RequestStateError", "request"))
+        for selected in (
+            "id name status epoch plan { code name } allowedActions { action allowed reason }"
+            if field == "account"
+            else "id status account { name status epoch plan { name } allowedActions { action reason } }",
+        )
+    ]
+    selections.append("... on RequestStateError { request { id status planCode } }")
+    for selection in selections:
+        document = (
+            f"mutation($input: {mutation[0].upper()}{mutation[1:]}Input!) "
+            f"{{ done: {mutation}(input: $input) {{ __typename ... on UserError {{ message }} {selection} }} }}"
+        )
+        answer = (await house.post(document, {"input": own}, token=tokens[purpose.value])).json()
+        assert "data" in answer, answer
+        found = json.dumps(answer)
+        for canary in (
+            NEW_NAME,
+            str(NEW_EPOCH)[:6],
+            f'"{plan}"',
+            f'"{NEW_PLAN}"',
+            '"epoch"',
+            'allowedActions": [',
+            *dates,
+        ):
+            assert canary not in found.replace('"path": ["done"', ""), (selection, canary)
+        assert not re.search(r'"status": "(ACTIVE|CANCELED|PENDING_CONFIRMATION|HELD)"', found)
+
+
+async def test_a_confirmation_repeated_with_its_key_by_an_old_link_shows_nothing_of_what_came_after(
+    house: Stage,
+) -> None:
+    """The key gives the first answer again while the cancellation stands; then it would show another life."""
+    asked = await house.request_cancellation(BILLING, note="They called.")
+    token = (await granted(house))["confirm"]
+    given = {"requestId": asked["request"]["id"], "accountName": "Acme", "idempotencyKey": "once"}
+    selection = "... on ConfirmCancellationSuccess { account { name status } } ... on UserError { message }"
+    done = await house.do_as(token, "confirmCancellation", selection, **given)
+    assert done["account"] == {"name": "Acme", "status": "CANCELED"}
+    await restart(house)
+    await second_life(house)
+    again = await house.do_as(token, "confirmCancellation", selection, **given)
+    assert again["__typename"] == "RequestStateError"
+    assert NEW_NAME not in json.dumps(again)
 
 
 async def test_a_feedback_link_ends_with_the_cancellation_that_it_is_about(house: Stage) -> None:
@@ -361,8 +558,8 @@ async def test_a_feedback_link_ends_with_the_cancellation_that_it_is_about(house
     old = (await granted(house))["feedback"]
     assert (await say_why(house, old, first))["__typename"] == "SubmitFeedbackSuccess"
     await restart(house)
-    refused = await say_why(house, old, first, "... on AccountStateError { account { status } }")
-    assert (refused["__typename"], refused["account"]) == ("AccountStateError", {"status": "ACTIVE"})
+    refused = await say_why(house, old, first, "... on AccountStateError { message }")
+    assert (refused["__typename"], "is over" in refused["message"]) == ("AccountStateError", True)
     page = await house.client.get("/links/feedback", params={"token": old}, follow_redirects=True)
     assert (page.status_code, FORM in page.text) == (409, False)
 
@@ -475,7 +672,7 @@ async def test_nginx_logs_no_token_with_the_format_of_the_readme(house: Stage, t
     access = (folder / "access.log").read_text()
     assert re.findall(r'"GET (\S+) HTTP/1\.1" (\d+)', access) == [
         ("/links/confirm", "303"),
-        ("/links/confirm", "200"),
+        (page.url.path, "200"),
         ("/links/confirm", "502"),
     ]
     logged = "".join(file.read_text() for file in folder.glob("*.log"))
