@@ -512,6 +512,30 @@ async def test_a_halt_that_came_with_the_back_up_is_not_this_ones(sqlite_databas
         assert (await account(key))["epoch"] > told
 
 
+async def test_what_two_find_at_once_is_one_restore(
+    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage(sqlite_database, tmp_path) as house:
+        await restores.check(house.installation)
+        back_up = BackUp(sqlite_database)
+        await house.cancel()
+        await restores.check(house.installation)
+        back_up.restore()
+        act, both = restores._act, asyncio.Barrier(2)
+        acted: list[bool] = []
+
+        async def act_together(*found: Any) -> bool:
+            await both.wait()
+            acted.append(await act(*found))
+            return acted[-1]
+
+        monkeypatch.setattr(restores, "_act", act_together)
+        await asyncio.gather(*(restores.check(house.installation) for _ in range(2)))
+        assert sorted(acted) == [False, True]
+        assert (await restores.restatement()).restores == 1
+        assert await causes() == [HaltCause.RESTORED]
+
+
 async def test_another_history_is_not_taken_for_a_restore(house: Stage) -> None:
     """A copy for testing that is made anew each night has what the last one never had, and later than what is gone."""
     await house.cancel()
