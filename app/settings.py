@@ -556,7 +556,8 @@ class Settings:
     rate_limit_documents: int = field(
         metadata=_setting(
             "How many documents that are new to a process one caller may send it in a minute, each counted once for "
-            "every 1,000 characters; 0: no limit. What a process has read before is not counted.",
+            "every 1,000 characters; 0: no limit. What a process has read before is not counted, unless it "
+            "asks for `__schema` or `__type`.",
             default="120",
             example="60",
             parse=partial(_integer, least=0, most=100_000),
