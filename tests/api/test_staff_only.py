@@ -330,7 +330,11 @@ class Reader:
             again: Any = await self._ask(
                 name, document % f"__typename ... on {shown['__typename']} {selection}", values
             )
-            assert again["data"]["it"]["__typename"] == shown["__typename"], "what was done was undone"
+            told = again["data"]["it"]
+            if told is None:  # a link's bearer is refused with nothing of the account below
+                assert {error["extensions"]["code"] for error in again["errors"]} == {"FORBIDDEN"}
+            else:
+                assert told["__typename"] == shown["__typename"], "what was done was undone"
             self._restore()
 
     def _restore(self) -> None:
