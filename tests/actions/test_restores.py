@@ -62,10 +62,15 @@ __all__ = ["port", "reference"]
 INGRID = "ingrid@initech.example"
 
 
-def forget_everything(directory: Path) -> None:
-    """What a process and its data folder know of the database, as on a new machine."""
+def forget() -> None:
+    """What a process knows of the database, as if it had been started anew."""
     restores._seen.clear()
     history.forget_committed(history.newest_committed())
+
+
+def forget_everything(directory: Path) -> None:
+    """What a process and its data folder know of the database, as on a new machine."""
+    forget()
     for file in directory.glob("last-seen-*"):
         file.unlink()
 
@@ -510,6 +515,20 @@ async def test_a_halt_that_came_with_the_back_up_is_not_this_ones(sqlite_databas
         await declared(house, as_of)
         await house.cancel(INGRID, "initech", "Initech")
         assert (await account(key))["epoch"] > told
+
+
+async def test_restored_twice_the_data_folder_knows_of_the_first_time(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    """Neither the database nor the process does, and no epoch comes again."""
+    async with stage(sqlite_database, tmp_path) as house:
+        await house.cancel()
+        back_up, as_of = BackUp(sqlite_database), await db.now()
+        for times in (1, 2):
+            back_up.restore()
+            forget()
+            await declared(house, as_of)
+            assert (await restores.restatement()).restores == times
 
 
 async def test_what_two_find_at_once_is_one_restore(
