@@ -406,8 +406,9 @@ async def declare(installation: Installation, *, as_of: datetime, at_least: int 
     """The database was restored to that time, an operator says: halt all deletions, take every account's epoch ahead,
     and have everybody notified how each account stands. `at_least` is what the logs tell of earlier restores.
 
-    Saying it of a restore that was found already adds the time and nothing else; so does repeating it. Another time is
-    another restore, and so is one of which there is evidence. Raises `InvalidInput` for a time that has not come.
+    Saying it of a restore that was found already adds the time and nothing else, unless the logs tell of more restores
+    than were found; repeating it changes nothing. Another time is another restore, and so is one of which there is
+    evidence. Raises `InvalidInput` for a time that has not come.
     """
     if as_of > await db.now():
         raise errors.InvalidInput("That time has not come.", field="asOf")
@@ -419,7 +420,7 @@ async def declare(installation: Installation, *, as_of: datetime, at_least: int 
         assert record is not None
         if await _compare(installation, record, where) is None and await _is_known(as_of):
             return
-        if not await _is_found(installation, record, where, as_of):
+        if record.restores < at_least or not await _is_found(installation, record, where, as_of):
             await _note(installation, record, where, restored=True, at_least=at_least)
         evidence = f"An operator has said that the database was restored as of {as_of:%Y-%m-%d %H:%M:%S} UTC."
         await halts.begin(installation, HaltCause.RESTORED, evidence, as_of=as_of)

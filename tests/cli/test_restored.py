@@ -2,12 +2,12 @@
 
 import gzip
 import re
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from app import db, restores
+from app import db, halts, restores
 from tests.actions.test_restores import BackUp
 from tests.cast import BILLING, Stage
 from tests.cli.conftest import Play, Run
@@ -66,6 +66,49 @@ def test_a_restore_is_said_and_what_is_lost_is_printed(sunset: Run, play: Play, 
     assert sunset("restored", "--as-of", "2026-01-31T05:00+01:00").status == 0
     assert "status of 4 accounts is still" in sunset("doctor").out
     assert "restored, and no deletion begins" in sunset("doctor").out
+
+
+def test_what_has_not_been_found_yet_does_not_end_with_what_has(sunset: Run, play: Play) -> None:
+    """Somebody resumes before any process has looked at the database that was restored."""
+
+    async def restored(house: Stage) -> None:
+        await halts.halt(house.installation, "A fault.")
+        back_up = BackUp(db.bound())
+        await house.cancel()
+        await restores.check(house.installation)
+        back_up.restore()
+
+    play(restored)
+    refused = sunset("deletions", "resume", "--note", "Mended.")
+    assert refused.status == 1
+    assert "Several halts last, OPERATOR, RESTORED." in refused.err
+    resumed = sunset("deletions", "resume", "--note", "Mended.", "--cause", "OPERATOR")
+    assert re.search(r"^Ended: OPERATOR since .*\nStill halted: RESTORED since ", resumed.out)
+
+
+def test_what_happened_shortly_before_may_be_lost_and_the_log_knows_of_earlier_restores(
+    sunset: Run, play: Play, tmp_path: Path
+) -> None:
+    """The time that somebody gives is rarely exact; on a new machine nothing but the log knows the epochs."""
+    log, times, counts = tmp_path / "log", list[datetime](), list[int]()
+
+    async def lost(house: Stage) -> None:
+        back_up = BackUp(db.bound())
+        with log_in_memory() as stream:
+            await house.cancel()
+        times.append(await db.now())
+        log.write_text(re.sub(r'"epoch": ?(\d)\b', r'"epoch":300000\1', stream.getvalue()))
+        back_up.restore()
+
+    play(lost)
+    said = sunset("restored", "--as-of", times[0].isoformat(), "--log", str(log))
+    assert re.search(r"^#   .* UTC  account\.canceled  by MEMBER, then CANCELED$", said.out, re.MULTILINE)
+
+    async def told(_: Stage) -> None:
+        counts.append((await restores.restatement()).restores)
+
+    play(told)
+    assert counts == [4]
 
 
 @pytest.mark.parametrize("time", ["yesterday", "2026-01-31T04:00", "2026-13-01T00:00Z"])
