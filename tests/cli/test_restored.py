@@ -71,14 +71,16 @@ def test_a_restore_is_said_and_what_is_lost_is_printed(sunset: Run, play: Play, 
 def test_what_has_not_been_found_yet_does_not_end_with_what_has(sunset: Run, play: Play) -> None:
     """Somebody resumes before any process has looked at the database that was restored."""
 
-    async def restored(house: Stage) -> None:
+    back_ups = []
+
+    async def backed_up(house: Stage) -> None:
         await halts.halt(house.installation, "A fault.")
-        back_up = BackUp(db.bound())
+        back_ups.append(BackUp(db.bound()))
         await house.cancel()
         await restores.check(house.installation)
-        back_up.restore()
 
-    play(restored)
+    play(backed_up)
+    back_ups[0].restore()
     refused = sunset("deletions", "resume", "--note", "Mended.")
     assert refused.status == 1
     assert "Several halts last, OPERATOR, RESTORED." in refused.err
