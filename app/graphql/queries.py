@@ -322,8 +322,8 @@ class Query:
 
     @root(Access.STAFF, "What else than the breaker stops all deletions, oldest first: an operator, or a restore.")
     async def deletion_halts(self, info: Info) -> list[DeletionHalt] | None:
-        await auth.require_staff(info.context.call)
-        return [DeletionHalt.of(view) for view in await halts.current()]
+        eye = Perspective.of(await auth.require_staff(info.context.call), info.context.policy)
+        return [DeletionHalt.of(view, eye) for view in await halts.current()]
 
     @root(Access.STAFF, "What canceled accounts wait for systems to acknowledge, by when it is due: who has obeyed.")
     async def enforcements(

@@ -599,7 +599,9 @@ class DeletionHalt:
     halted_at: datetime = describe("Since when.")
 
     @staticmethod
-    def of(view: halts.HaltView) -> "DeletionHalt":
+    def of(view: halts.HaltView, eye: Perspective) -> "DeletionHalt":
+        """For staff. Raises `Forbidden` for everybody else."""
+        eye.require_staff()
         return DeletionHalt(cause=view.cause, evidence=view.evidence, as_of=view.as_of, halted_at=view.halted_at)
 
 
