@@ -16,25 +16,24 @@ async def ask(installation: Installation, acting: Acting) -> None:
     """Tell the Customer Success Manager, and the member that it was received. Within the request's transaction."""
     policy, account, member = installation.policy, acting.account, acting.caller.member
     assert member is not None
+    asked_by = Contact(name=member.name, email=member.email)
     csm = acting.facts.csm
     plan = account.plan(policy)
     await outbox.put(
         [
             outbox.Addressed(
-                name=csm.name,
-                address=csm.email,
+                to=csm,
                 email=AssistanceRequested(
                     account_name=account.name,
                     plan_name=plan.name,
                     account_reference=account.reference,
                     requested_at=acting.now,
                     respond_by=acting.now + policy.assistance_response,
-                    member=Contact(name=member.name, email=member.email),
+                    member=asked_by,
                 ),
             ),
             outbox.Addressed(
-                name=member.name,
-                address=member.email,
+                to=asked_by,
                 email=CancellationReceived(
                     account_name=account.name,
                     plan_name=plan.name,
@@ -66,7 +65,6 @@ async def remind(installation: Installation, account_id: UUID) -> bool:
         )
         if not changed:
             return False
-        csm = account.csm or installation.policy.customer_success
         email = AssistanceReminder(
             account_name=account.name,
             plan_name=account.plan(installation.policy).name,
@@ -76,7 +74,7 @@ async def remind(installation: Installation, account_id: UUID) -> bool:
             member=await _asked_by(request),
         )
         await outbox.put(
-            [outbox.Addressed(name=csm.name, address=csm.email, email=email)],
+            [outbox.Addressed(to=account.csm or installation.policy.customer_success, email=email)],
             account_id=account.id,
             now=now,
             mail_domain=installation.mail_domain,
@@ -100,7 +98,6 @@ async def escalate(installation: Installation, account_id: UUID) -> bool:
         ).update(assistance_escalated_at=now)
         if not changed:
             return False
-        billing_team = policy.billing_team
         email = AssistanceEscalated(
             account_name=account.name,
             plan_name=account.plan(policy).name,
@@ -111,7 +108,7 @@ async def escalate(installation: Installation, account_id: UUID) -> bool:
             csm=account.csm or policy.customer_success,
         )
         await outbox.put(
-            [outbox.Addressed(name=billing_team.name, address=billing_team.email, email=email)],
+            [outbox.Addressed(to=policy.billing_team, email=email)],
             account_id=account.id,
             now=now,
             mail_domain=installation.mail_domain,

@@ -157,15 +157,9 @@ async def enter(installation: Installation) -> BreakerView:
     if found.halts or not found.would_halt:
         return found
     await DeletionBreaker.create(id=db.uuid7(), tripped_at=found.now, due=found.due, allowed=found.allowed)
-    operators = installation.policy.operators
+    email = DeletionsHalted(halted_at=found.now, due=found.due, allowed=found.allowed)
     await outbox.put(
-        [
-            outbox.Addressed(
-                name=operators.name,
-                address=operators.email,
-                email=DeletionsHalted(halted_at=found.now, due=found.due, allowed=found.allowed),
-            )
-        ],
+        [outbox.Addressed(to=installation.policy.operators, email=email)],
         account_id=None,
         now=found.now,
         mail_domain=installation.mail_domain,

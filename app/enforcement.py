@@ -273,9 +273,8 @@ async def _tell(
                 ),
             )
         )
-    operators = installation.policy.operators
     await outbox.put(
-        [outbox.Addressed(name=operators.name, address=operators.email, email=EnforcementLate(systems=tuple(systems)))],
+        [outbox.Addressed(to=installation.policy.operators, email=EnforcementLate(systems=tuple(systems)))],
         account_id=None,
         now=now,
         mail_domain=installation.mail_domain,

@@ -78,10 +78,9 @@ async def begin(installation: Installation, cause: HaltCause, evidence: str, *, 
             now,
         )
     await DeletionHalt.create(id=db.uuid7(), cause=cause, evidence=evidence, as_of=as_of, halted_at=now)
-    operators = installation.policy.operators
     email = HaltBegan(halted_at=now, cause=cause, evidence=evidence)
     await outbox.put(
-        [outbox.Addressed(name=operators.name, address=operators.email, email=email)],
+        [outbox.Addressed(to=installation.policy.operators, email=email)],
         account_id=None,
         now=now,
         mail_domain=installation.mail_domain,

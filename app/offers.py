@@ -153,12 +153,10 @@ async def _check_cooldown(policy: Policy, account_id: UUID, offer: OfferView, no
 async def _tell_billing_team(installation: Installation, acting: Acting, offer: OfferView) -> None:
     account, member = acting.account, acting.caller.member
     assert member is not None
-    billing_team = installation.policy.billing_team
     await outbox.put(
         [
             outbox.Addressed(
-                name=billing_team.name,
-                address=billing_team.email,
+                to=installation.policy.billing_team,
                 email=OfferAccepted(
                     account_name=account.name,
                     plan_name=account.plan(installation.policy).name,

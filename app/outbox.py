@@ -21,6 +21,7 @@ from uuid import UUID
 import orjson
 
 from app import accounts, db, errors, tracing
+from app.errors import Contact
 from app.messages import CATALOGUE, Email, pack, unpack
 from app.models import OutboxMessage
 
@@ -49,8 +50,7 @@ _LONGEST_WAIT = timedelta(hours=8)
 class Addressed:
     """An email and the one person it goes to."""
 
-    name: str
-    address: str
+    to: Contact
     email: Email
 
 
@@ -87,8 +87,8 @@ async def put(messages: Iterable[Addressed], *, account_id: UUID | None, now: da
                 id=id_,
                 account_id=account_id,
                 template=message.email.template,
-                recipient_name=message.name,
-                recipient_address=message.address,
+                recipient_name=message.to.name,
+                recipient_address=message.to.email,
                 facts=pack(message.email),
                 message_id=f"<{id_.hex}@{mail_domain}>",
                 created_at=now,

@@ -79,7 +79,7 @@ async def write(
 ) -> None:
     """Promise each of them an email of their own, within the open transaction."""
     await outbox.put(
-        [outbox.Addressed(name=one.contact.name, address=one.contact.email, email=email(one)) for one in recipients],
+        [outbox.Addressed(to=one.contact, email=email(one)) for one in recipients],
         account_id=account_id,
         now=now,
         mail_domain=mail_domain,

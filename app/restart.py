@@ -128,12 +128,10 @@ async def _record_request(installation: Installation, acting: Acting, request_id
         actor=acting.actor,
         now=acting.now,
     )
-    billing_team = installation.policy.billing_team
     await outbox.put(
         [
             outbox.Addressed(
-                name=billing_team.name,
-                address=billing_team.email,
+                to=installation.policy.billing_team,
                 email=RestartRequested(
                     account_name=account.name,
                     plan_name=account.plan(installation.policy).name,

@@ -29,7 +29,7 @@ def restarted(number: int) -> Addressed:
         restarted_at=MOMENT,
         billing_contact=Contact(name="Billing Team", email="billing@vendor.example"),
     )
-    return Addressed(name=f"Person {number}", address=f"person{number}@acme.example", email=email)
+    return Addressed(to=Contact(name=f"Person {number}", email=f"person{number}@acme.example"), email=email)
 
 
 async def promise(count: int = 1) -> None:
@@ -377,7 +377,7 @@ async def test_the_last_email_is_erased_when_it_is_dropped_and_cannot_be_retried
         billing_contact=Contact(name="Billing Team", email="billing@vendor.example"),
     )
     async with db.transaction():
-        gone = [Addressed(name="Alice", address="alice@acme.example", email=last) for _ in range(2)]
+        gone = [Addressed(to=Contact(name="Alice", email="alice@acme.example"), email=last) for _ in range(2)]
         await outbox.put(gone, account_id=db.uuid7(), now=await db.now(), mail_domain="vendor.example")
     dead = await claim_one()
     await outbox.failed(dead, "550 no such user", permanent=True)

@@ -113,7 +113,7 @@ async def promise(count: int) -> None:
         )
         await outbox.put(
             [
-                outbox.Addressed(name=f"Person {number}", address=f"person{number}@acme.example", email=email)
+                outbox.Addressed(to=Contact(name=f"Person {number}", email=f"person{number}@acme.example"), email=email)
                 for number in range(count)
             ],
             account_id=db.uuid7(),
